@@ -1,0 +1,76 @@
+"""What the kernels are given: views of rows, as plain values.
+
+A kernel never sees a rank, a group or a buffer. It sees tensors, which say by their strides where a head of a token
+lies. A *row* holds the heads of one token side by side; rows are ordered token-major, batch inside, so every view here
+is `[tokens, B, heads, dim]` with a dense last dimension and ONE token stride.
+
+Example: P = 2, B = 1, heads q0..q3, k0, k1, v0, v1 with D = Dv = 64. Rank 1 owns q2, q3, k1, v1, so its rows are
+`q2 q3 k1 v1`, 256 elements. `QKVRows` for it has `q = rows[..., 0:128]` as `[L, 1, 2, 64]`, `k = rows[..., 128:192]`,
+`v = rows[..., 192:256]`, `q_head = 2`, `kv_head = 1`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class QKVRows(NamedTuple):
+    """The q, k and v heads (or their gradients) that one rank works on, for a range of tokens.
+
+    `k` and `v` may cover other tokens than `q` (cross-attention). As gradients, `k` and `v` may be fp32 where `q` is
+    bf16 or fp16: partial sums of a kv head that several ranks worked on.
+    """
+
+    q: Tensor  # [L, B, hq, D]
+    k: Tensor  # [Lk, B, hkv, D]
+    v: Tensor  # [Lk, B, hkv, Dv]
+    q_head: int  # the model's query head that lies first
+    kv_head: int  # the model's kv head that lies first
+
+
+class ORows(NamedTuple):
+    """The output heads (or their gradients) of one rank for a range of tokens, with one number per token and head.
+
+    `stat` is the LSE where O travels back and delta where dO travels in: fp32, fp64 for fp64 rows; None when absent.
+    """
+
+    o: Tensor  # [L, B, hq, Dv]
+    stat: Tensor | None  # [L, B, hq]
+    q_head: int
+
+
+class Span(NamedTuple):
+    """Where results for the tokens `start .. start + n` go: views of `n` tokens, in the order the kernel names them."""
+
+    start: int
+    views: tuple[Tensor | None, ...]  # each [n, B, heads, dim], or [n, B, heads] for the LSE
+
+
+class Transform(NamedTuple):
+    """What pack does to q and k on the way (unpack_grad applies its VJP): QK-norm first, then RoPE, both in fp32.
+
+    QK-norm is `x * rsqrt(mean(x^2) + eps) * weight` over the head dim. RoPE turns channel pairs (x, y) of the first
+    `rope_dim` channels into (x cos - y sin, y cos + x sin); pairs are (i, i + rope_dim/2), or (2i, 2i+1) when
+    `interleaved`. cos and sin have one column per pair (`rope_dim/2`) or one per channel (`rope_dim`).
+    """
+
+    cos: Tensor | None = None  # [1 or B, L, rope_dim/2 or rope_dim], any float dtype
+    sin: Tensor | None = None
+    rope_dim: int = 0
+    interleaved: bool = False
+    q_norm: Tensor | None = None  # [D]
+    k_norm: Tensor | None = None  # [D]
+    eps: float = 1e-6
+
+
+class HeadMap(NamedTuple):
+    """Which local kv head a local query head attends to: `(head + offset) // group`.
+
+    `group` is G = Hq / Hkv of the whole model, `offset` the first local query head's place inside its kv group. A rank
+    with query heads 2 and 3 of a model with G = 3 has offset 2: head 2 uses its first kv head, head 3 its second.
+    """
+
+    group: int
+    offset: int
