@@ -1,0 +1,123 @@
+"""Placement, row layouts and messages: pure functions, checked for every rank count at once."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ulysses_triton.errors import DtypeError, OptionError, ShapeError
+from ulysses_triton.placement import inbound, outbound, place
+from ulysses_triton.spec import Problem, differences
+
+
+def problem(**changes: object) -> Problem:
+    values = dict(
+        batch=2, lens=(5, 7), kv_lens=(5, 7), heads=4, kv_heads=2, head_dim=64, value_dim=64, dtype="bfloat16",
+        device="cpu", causal=True, scale=0.125,
+    )  # fmt: skip
+    return Problem(**(values | changes))
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    ranks = draw(st.integers(1, 12))
+    heads = ranks * draw(st.integers(1, 6))
+    lens = tuple(draw(st.lists(st.integers(0, 50), min_size=ranks, max_size=ranks)))
+    return problem(
+        lens=lens,
+        kv_lens=draw(st.sampled_from([lens, tuple(n + 1 for n in lens)])),
+        heads=heads,
+        kv_heads=draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0])),
+        head_dim=draw(st.sampled_from([8, 24, 128])),
+        value_dim=draw(st.sampled_from([8, 64])),
+        dtype=draw(st.sampled_from(["float32", "bfloat16", "float16", "float64"])),
+        return_lse=draw(st.booleans()),
+    )
+
+
+@given(problems())
+def test_every_query_head_once_beside_its_kv_head(p):
+    placement = place(p)
+    assert [h for s in placement.shares for h in range(s.q_start, s.q_stop)] == list(range(p.heads))
+    for rank, share in enumerate(placement.shares):
+        wanted = [h // placement.group for h in range(share.q_start, share.q_stop)]
+        assert [share.kv_start + j for j in placement.kv_head_of(rank)] == wanted
+        assert set(range(share.kv_start, share.kv_stop)) == set(wanted)
+    owners = [h for s in placement.shares for h in range(s.kv_start, s.kv_stop)]
+    assert placement.shared == (len(owners) > p.kv_heads)
+
+
+@given(problems())
+def test_fields_fill_rows_without_overlap_and_rows_are_aligned(p):
+    placement = place(p)
+    for sections in (placement.qkv, placement.out, placement.grad_out, placement.grad_qkv):
+        for section in sections:
+            for row in section.rows:
+                stop = 0
+                for field in row.fields:
+                    assert field.offset == stop
+                    assert field.offset * p.item_size % (field.width * p.item_size) == 0
+                    stop += field.heads * field.dim * field.width
+                assert stop <= row.width < stop + 16 and row.width % 16 == 0
+
+
+@given(problems())
+def test_what_one_rank_sends_is_what_the_other_receives_and_blocks_tile_the_buffer(p):
+    placement = place(p)
+    for direction, sections in ((inbound, placement.qkv), (outbound, placement.out), (outbound, placement.grad_qkv)):
+        for section in sections:
+            messages = [direction(section, p.batch, rank) for rank in range(p.ranks)]
+            for to, receiver in enumerate(messages):
+                stop = 0
+                for sender in messages:
+                    assert sender.land[to] == stop
+                    stop += sender.send[to]
+                assert stop == sum(receiver.receive)
+                assert [sender.send[to] for sender in messages] == list(receiver.receive)
+
+
+def test_partial_kv_gradients_travel_as_fp32_and_whole_ones_in_their_dtype():
+    whole, partial = place(problem()), place(problem(kv_heads=1))
+    assert [f.width for f in whole.grad_qkv[0].rows[0].fields] == [1, 1, 1]
+    assert [f.width for f in partial.grad_qkv[0].rows[0].fields] == [1, 2, 2]
+
+
+def test_the_rank_in_the_example_of_the_module():
+    placement = place(problem(lens=(4,) * 6, kv_lens=(4,) * 6, heads=12, kv_heads=4))
+    assert placement.shares[1] == (2, 4, 0, 2)
+    assert placement.qkv[0].rows[1].width == 384
+
+
+def test_heads_that_ranks_do_not_divide_name_the_group_sizes_that_fit():
+    with pytest.raises(ShapeError, match="6 query heads cannot be divided over 4 ranks.*1, 2, 3, 6"):
+        place(problem(lens=(4,) * 4, kv_lens=(4,) * 4, heads=6))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        ({"dtype": "int64"}, DtypeError, "int64"),
+        ({"heads": 6, "kv_heads": 4}, ShapeError, "multiple"),
+        ({"kv_heads": 0}, ShapeError, "multiple"),
+        ({"head_dim": 12}, ShapeError, "multiple of 8"),
+        ({"head_dim": 264}, ShapeError, "256"),
+        ({"value_dim": 0}, ShapeError, "v have head dim 0"),
+        ({"batch": 0}, ShapeError, "batch"),
+        ({"lens": (3, -1), "kv_lens": (3, -1)}, ShapeError, "lens"),
+        ({"kv_lens": (3,)}, ShapeError, "kv_lens"),
+        ({"attention": "flash"}, OptionError, "flash"),
+        ({"scale": float("nan")}, OptionError, "scale"),
+        ({"rope_dim": 66}, OptionError, "rope_dim"),
+        ({"rope_dim": 7}, OptionError, "rope_dim"),
+    ],
+    ids=str,
+)
+def test_impossible_problems_say_what_is_wrong(changes, error, match):
+    with pytest.raises(error, match=match):
+        problem(**changes).check()
+
+
+def test_differences_name_the_ranks_and_the_values():
+    signatures = [problem(causal=rank != 2, heads=8).signature for rank in range(4)]
+    assert differences(signatures) == "causal: rank 2 has False, ranks 0, 1, 3 have True"

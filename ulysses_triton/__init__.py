@@ -1,0 +1,27 @@
+"""ulysses-triton: exact attention over sequences that are sharded across ranks."""
+
+from .api import ulysses_attention, ulysses_qkv_attention
+from .errors import DeviceError, DtypeError, ExchangeError, GroupError, OptionError, ShapeError, UlyssesError
+from .group import UlyssesGroup, run_virtual
+from .shard import count_tokens, gather_sequence, shard_lens, shard_sequence, token_mean
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DeviceError",
+    "DtypeError",
+    "ExchangeError",
+    "GroupError",
+    "OptionError",
+    "ShapeError",
+    "UlyssesError",
+    "UlyssesGroup",
+    "count_tokens",
+    "gather_sequence",
+    "run_virtual",
+    "shard_lens",
+    "shard_sequence",
+    "token_mean",
+    "ulysses_attention",
+    "ulysses_qkv_attention",
+]

@@ -1,0 +1,1 @@
+"""How rows travel between ranks: one protocol per kind of exchange, one file per carrier."""

@@ -1,0 +1,82 @@
+"""Buffers that are used again: on CPU a fresh large buffer costs more in page faults than the exchange itself.
+
+A buffer goes back to the pool when the last tensor over its storage is gone, whoever holds it: a call, autograd's saved
+tensors, the user. On accelerators PyTorch's caching allocator is such a pool already and is used as it is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+import weakref
+from collections import defaultdict, deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_CLASSES = 8  # size classes per power of two: at most an eighth of a buffer is unused
+_SMALLEST = mmap.PAGESIZE
+
+
+class Pool:
+    """Buffers of one group. `held` and `free` count bytes, in use and waiting."""
+
+    def __init__(self) -> None:
+        self.held = 0
+        self.free = 0
+        self._peak = 0
+        self._blocks: dict[int, list[mmap.mmap]] = defaultdict(list)
+        self._returned: deque[mmap.mmap] = deque()  # filled by finalizers, in any thread, without a lock
+        self._open = True
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised contiguous tensor; no view, so its storage is its own."""
+        size = math.prod(shape) * dtype.itemsize
+        if device.type != "cpu" or size < _SMALLEST:
+            return _filled(torch.empty(shape, dtype=dtype, device=device))
+        self._settle()
+        capacity = size_class(size)
+        blocks = self._blocks[capacity]
+        if blocks:
+            block = blocks.pop()
+            self.free -= capacity
+        else:
+            block = mmap.mmap(-1, capacity)
+        self.held += capacity
+        self._peak = max(self._peak, self.held)
+        lease = (ctypes.c_char * size).from_buffer(block)
+        weakref.finalize(lease, self._returned.append, block).atexit = False
+        storage = torch.frombuffer(lease, dtype=dtype).untyped_storage()
+        strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+        return _filled(torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape), strides))
+
+    def close(self) -> None:
+        """Keep nothing any more: blocks that come back are freed by whoever held them last."""
+        self._open = False
+        self._blocks.clear()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Take back what finalizers returned, and free what has been more than enough for a while."""
+        while self._returned:
+            block = self._returned.popleft()
+            capacity = len(block)
+            self.held -= capacity
+            if self._open and self.free + capacity <= self._peak:
+                self._blocks[capacity].append(block)
+                self.free += capacity
+
+
+def _filled(tensor: Tensor) -> Tensor:
+    """Under PyTorch's deterministic mode uninitialised memory is filled; all bits set are NaN in every float dtype."""
+    if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
+        tensor.view(-1).view(torch.uint8).fill_(255)
+    return tensor
+
+
+def size_class(size: int) -> int:
+    """`size` rounded up to a class: pages, then eight steps for every power of two."""
+    step = max(_SMALLEST, 1 << max(0, size.bit_length() - 1 - int(math.log2(_CLASSES))))
+    return (size + step - 1) // step * step

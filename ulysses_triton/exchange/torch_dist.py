@@ -1,0 +1,115 @@
+"""The exchange that any process group can carry, and control messages over gloo.
+
+`torch.distributed.all_to_all_single`, one per message, on the group that was given; the control messages travel on a
+small gloo group of their own over the same ranks, so that they never wait behind data and carry a deadline of their own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..placement import Message
+from .pool import Pool
+
+
+class TorchHop:
+    peers = None
+
+    def __init__(
+        self, exchange: TorchExchange, messages: Sequence[Message], receive: Sequence[Tensor], send: Sequence[Tensor]
+    ) -> None:
+        self._exchange = exchange
+        self._messages = messages
+        self._receive = receive
+        self._send = send
+        self._works: list[dist.Work] = []
+        self.blocks = [torch.split(buffer, list(m.send)) for buffer, m in zip(send, messages, strict=True)]
+
+    def start(self) -> None:
+        for message, receive, send in zip(self._messages, self._receive, self._send, strict=True):
+            work = dist.all_to_all_single(
+                receive,
+                send,
+                list(message.receive),
+                list(message.send),
+                group=self._exchange.group,
+                async_op=True,
+            )
+            self._works.append(work)
+
+    def finish(self) -> None:
+        for work in self._works:
+            if self._exchange.on_cpu:
+                work.wait(self._exchange.timeout)
+            else:
+                work.wait()  # only orders the streams; the process group's own watchdog has the deadline
+
+
+class TorchExchange:
+    """Collective hops over a process group."""
+
+    name = "torch"
+    one_sided = False
+
+    def __init__(self, group: dist.ProcessGroup, pool: Pool, timeout: timedelta, *, on_cpu: bool) -> None:
+        self.group = group
+        self.timeout = timeout
+        self.on_cpu = on_cpu
+        self._pool = pool
+
+    def open(self, messages: Sequence[Message], receive: Sequence[Tensor], send: Sequence[Tensor | None]) -> TorchHop:
+        buffers = [
+            self._pool.take((sum(message.send),), into.dtype, into.device) if mine is None else mine
+            for message, into, mine in zip(messages, receive, send, strict=True)
+        ]
+        return TorchHop(self, messages, receive, buffers)
+
+    def close(self) -> None:
+        pass
+
+
+class GlooControl:
+    """Control messages of the ranks of `group` over a gloo group made for them (every rank of `group` makes one)."""
+
+    def __init__(self, group: dist.ProcessGroup, timeout: timedelta) -> None:
+        self.rank = group.rank()
+        self.size = group.size()
+        self._group = dist.new_group(
+            dist.get_process_group_ranks(group), timeout=timeout, backend="gloo", use_local_synchronization=True
+        )
+        self._store = dist.PrefixStore(f"ulysses_triton/{self._group.group_name}", dist.distributed_c10d._get_default_store())
+
+    def gather(self, payload: bytes) -> list[bytes]:
+        mine = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        every = torch.empty(self.size * len(payload), dtype=torch.uint8)
+        dist.all_gather_into_tensor(every, mine, group=self._group)
+        data = every.numpy().tobytes()
+        return [data[i : i + len(payload)] for i in range(0, len(data), len(payload))]
+
+    def tell(self, text: str) -> None:
+        with suppress(RuntimeError):  # the store's host may be gone with the rank that died
+            self._store.set(str(self.rank), text)
+
+    def hear(self, seconds: float) -> dict[int, str]:
+        words: dict[int, str] = {}
+        deadline = time.monotonic() + seconds
+        with suppress(RuntimeError):
+            while True:
+                for rank in set(range(self.size)) - set(words):
+                    if self._store.check([str(rank)]):
+                        words[rank] = self._store.get(str(rank)).decode()
+                if len(words) == self.size or time.monotonic() >= deadline:
+                    break
+                time.sleep(0.02)
+        return words
+
+    def close(self) -> None:
+        with suppress(RuntimeError, ValueError, AssertionError):  # destroyed already together with the default group
+            dist.destroy_process_group(self._group)

@@ -1,0 +1,104 @@
+"""Ranks as threads of one process: for property tests, and for timing a whole layer on one GPU.
+
+A `VirtualWorld` is what the ranks share; `member` is one rank's transport and control in one. With one rank it is how
+a process without peers runs the same code.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+class VirtualWorld:
+    """`size` ranks in one process. `timeout`: seconds until a rank that waits gives up."""
+
+    def __init__(self, size: int, timeout: float = 60.0) -> None:
+        self.size = size
+        self.timeout = timeout
+        self._changed = threading.Condition()
+        self._rounds: dict[int, dict[int, Any]] = {}
+        self._arrived = [0] * size
+        self._words: dict[int, str] = {}
+
+    def member(self, rank: int) -> VirtualMember:
+        return VirtualMember(self, rank)
+
+    def gather(self, rank: int, number: int, item: Any) -> list[Any]:
+        """Round `number` of a gathering in which every rank gives one item."""
+        with self._changed:
+            items = self._rounds.setdefault(number, {})
+            items[rank] = item
+            self._changed.notify_all()
+            self._wait(lambda: len(items) == self.size, lambda: set(range(self.size)) - set(items))
+            self._rounds.pop(number, None)
+            return [items[r] for r in range(self.size)]
+
+    def arrive(self, rank: int, epoch: int) -> None:
+        with self._changed:
+            self._arrived[rank] = epoch
+            self._changed.notify_all()
+
+    def wait(self, epoch: int) -> None:
+        with self._changed:
+            self._wait(
+                lambda: min(self._arrived) >= epoch,
+                lambda: {r for r, arrived in enumerate(self._arrived) if arrived < epoch},
+            )
+
+    def tell(self, rank: int, text: str) -> None:
+        with self._changed:
+            self._words[rank] = text
+            self._changed.notify_all()
+
+    def hear(self, seconds: float) -> dict[int, str]:
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._words) == self.size, seconds)
+            return dict(self._words)
+
+    def _wait(self, done: Callable[[], bool], missing: Callable[[], set[int]]) -> None:
+        """Until `done`; RuntimeError at the deadline, or soon after a rank left its last word."""
+        deadline = time.monotonic() + self.timeout
+        while not done():
+            left = deadline - time.monotonic()
+            failed = [rank for rank in self._words if rank in missing()]
+            if failed or left <= 0:
+                reason = f"rank {failed[0]} failed" if failed else f"no sign of them within {self.timeout:g} s"
+                raise RuntimeError(f"waiting for ranks {sorted(missing())}: {reason}")
+            self._changed.wait(left)
+
+
+class VirtualMember:
+    """One rank of a world: the transport and the control of its group."""
+
+    def __init__(self, world: VirtualWorld, rank: int) -> None:
+        self.world = world
+        self.rank = rank
+        self.size = world.size
+        self._round = 0
+
+    def gather(self, payload: Any) -> list[Any]:
+        self._round += 1
+        return self.world.gather(self.rank, self._round, payload)
+
+    def announce(self, buffers: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        return self.gather(list(buffers))
+
+    def arrive(self, epoch: int) -> None:
+        self.world.arrive(self.rank, epoch)
+
+    def wait(self, epoch: int) -> None:
+        self.world.wait(epoch)
+
+    def tell(self, text: str) -> None:
+        self.world.tell(self.rank, text)
+
+    def hear(self, seconds: float) -> dict[int, str]:
+        return self.world.hear(seconds)
+
+    def close(self) -> None:
+        pass

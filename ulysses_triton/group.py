@@ -1,0 +1,355 @@
+"""The resources of one sequence-parallel group on one rank, and the registry by which the op finds them.
+
+A `UlyssesGroup` owns the exchange, the control messages and the buffers of a process group. It also keeps the ranks
+together: every call is agreed on before a byte moves (`agree`), a rank that cannot go on says so (`refuse`), and a peer
+that does not come ends in an `ExchangeError` at the deadline (`step`).
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import itertools
+import struct
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NoReturn, TypeAlias, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from . import errors, spec
+from .errors import ExchangeError, GroupError, OptionError, ShapeError, UlyssesError
+from .exchange.base import Control, Exchange
+from .exchange.one_sided import OneSidedExchange
+from .exchange.pool import Pool
+from .exchange.torch_dist import GlooControl, TorchExchange
+from .exchange.virtual import VirtualMember, VirtualWorld
+
+DEFAULT_TIMEOUT = timedelta(minutes=10)
+_RECORD = struct.Struct("<q?8s")  # call number, refused, hash of the signature
+_TEXT_BYTES = 4096  # of a signature or a refusal, where ranks differ
+_WORDS_SECONDS = 1.0  # how long a failing rank waits for its peers' last words
+
+Groupish: TypeAlias = "UlyssesGroup | dist.ProcessGroup | DeviceMesh | None"
+_Result = TypeVar("_Result")
+
+
+class UlyssesGroup:
+    """The ranks over which a sequence is sharded.
+
+    Args:
+        group: a `ProcessGroup`, a 1-D `DeviceMesh`, or None for the default group (one rank when `torch.distributed`
+            is not initialised). None is wrong for jobs that also have data-parallel ranks: every rank of the default
+            group would hold a part of one sequence.
+        exchange: who carries the rows: "torch" (`all_to_all_single` on the group) or "auto".
+        check: what ranks compare before every call: "hash" of the call's signature, or "always" all of it.
+        timeout: how long a rank waits for its peers.
+
+    Raises GroupError for a group this rank is not in, OptionError for an unknown option. Making one is collective: every
+    rank of `group` does. A context manager; `close` gives everything back.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | DeviceMesh | VirtualMember | None = None,
+        *,
+        exchange: str = "auto",
+        check: str = "hash",
+        timeout: timedelta = DEFAULT_TIMEOUT,
+    ) -> None:
+        if exchange not in ("auto", "torch"):
+            raise OptionError(f'exchange = {exchange!r}; it must be "auto" or "torch"')
+        if check not in ("hash", "always"):
+            raise OptionError(f'check = {check!r}; it must be "hash" or "always"')
+        self.timeout = timeout
+        self.counts: Counter[str] = Counter()  # "control" messages, and the "data" exchanges of each kind of step
+        self.pool = Pool()
+        self.process_group = None if isinstance(group, VirtualMember) else process_group(group)
+        self.devices = frozenset({"cpu", "cuda"})
+        self.control: Control
+        self.exchange: Exchange
+        if self.process_group is not None and self.process_group.size() > 1:
+            self.devices = _devices(self.process_group)
+            self.control = GlooControl(self.process_group, timeout)
+            self.exchange = TorchExchange(self.process_group, self.pool, timeout, on_cpu="cuda" not in self.devices)
+            self._why = f"{exchange}: any process group can carry it"
+        else:
+            member = group if isinstance(group, VirtualMember) else VirtualWorld(1).member(0)
+            self.control, self.exchange = member, OneSidedExchange("virtual", member)
+            self._why = "one rank: nothing to exchange" if member.size == 1 else "ranks are threads of this process"
+        self.rank, self.size = self.control.rank, self.control.size
+        self.implicit = False  # made by `resolve`, not by the user
+        self.default = group is None
+        self._check_all = check == "always"
+        self._calls = 0
+        self._doing = "between calls"
+        self._broken: str | None = None
+        self._closed = False
+        self._chosen: dict[str, str] = {}
+        self.name = _register(self)
+
+    def __enter__(self) -> UlyssesGroup:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> UlyssesGroup:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise GroupError("a UlyssesGroup cannot be pickled: it holds connections; make one in the process that uses it")
+
+    def close(self) -> None:
+        """Give everything back. Idempotent; every rank does it."""
+        if self._closed:
+            return
+        self._closed = True
+        _GROUPS.pop(self.name, None)
+        self.exchange.close()
+        self.control.close()
+        self.pool.close()
+
+    def check(self) -> None:
+        """Raise ExchangeError or GroupError if this group cannot be used any more, here or because a peer failed."""
+        self._require_usable()
+        words = self.control.hear(0.0)
+        if words:
+            raise self._fail(RuntimeError("a peer failed"))
+
+    def explain(self) -> str:
+        """What was chosen for this group and its latest call, and why."""
+        lines = [
+            f"rank {self.rank} of {self.size}, group {self.name!r}",
+            f"exchange: {self.exchange.name} ({self._why})",
+            f"devices: {', '.join(sorted(self.devices))}; deadline {self.timeout.total_seconds():g} s",
+            f"calls: {self._calls}; control messages: {self.counts['control']}; "
+            f"data exchanges: {sum(n for kind, n in self.counts.items() if kind != 'control')}",
+            f"buffers: {self.pool.held:,} bytes in use, {self.pool.free:,} waiting",
+        ]
+        if self.default and self.size > 1:
+            lines.append("group=None: all ranks of the default group share one sequence; there is no data parallelism")
+        lines += [f"{name}: {text}" for name, text in self._chosen.items()]
+        return "\n".join(lines)
+
+    def note(self, name: str, text: str) -> None:
+        """Remember a choice for `explain`."""
+        self._chosen[name] = text
+
+    # -- keeping the ranks together
+
+    def agree(self, what: str, signature: str) -> None:
+        """Before a call moves anything: that every rank makes the same one.
+
+        Raises ShapeError on every rank when they differ, saying who differs in what; or, where a peer refused the call,
+        that peer's error.
+        """
+        self._require_usable()
+        self._calls += 1
+        self._doing = f"call {self._calls} ({what})"
+        if self.size > 1:
+            self._compare(f"call={what}; {signature}", refused=None)
+
+    def refuse(self, error: UlyssesError) -> None:
+        """Take part in the agreement on a call that this rank cannot make, so that every rank raises."""
+        if self.size == 1 or self._broken or self._closed:
+            return
+        self._calls += 1
+        self._doing = f"call {self._calls} (refused)"
+        self._compare(f"{type(error).__name__}\n{error}", refused=error)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Around whatever waits for peers, so that what goes wrong there ends the group with an ExchangeError."""
+        doing = self._doing
+        self._doing = f"{doing}, {name}"
+        try:
+            yield
+        except UlyssesError:
+            raise
+        except RuntimeError as error:
+            raise self._fail(error) from error
+        self._doing = doing
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Around a call that was agreed on: when it fails on this rank alone, the peers can read why."""
+        try:
+            yield
+        except BaseException as error:
+            if self._broken is None:
+                self._broken = f"{self._doing} failed with {type(error).__name__}: {error}"
+                self.control.tell(self._broken)
+                self.pool.close()
+            raise
+        self._doing = "between calls"
+
+    def _compare(self, text: str, refused: UlyssesError | None) -> None:
+        record = _RECORD.pack(self._calls, refused is not None, hashlib.blake2b(text.encode(), digest_size=8).digest())
+        with self.step("agreement"):
+            texts: list[str] | None = None
+            if self._check_all:
+                records = [(blob[: _RECORD.size], blob[_RECORD.size :]) for blob in self._gather(record + _padded(text))]
+                heads, texts = [head for head, _ in records], [_unpadded(tail) for _, tail in records]
+            else:
+                heads = self._gather(record)
+            calls, refusals, hashes = zip(*map(_RECORD.unpack, heads), strict=True)
+            if len(set(hashes)) == len(set(calls)) == 1 and not any(refusals):
+                return
+            if texts is None:
+                texts = [_unpadded(blob) for blob in self._gather(_padded(text))]
+        self._calls = max(calls)  # ranks that skipped a call are level again
+        self._doing = "between calls"
+        if refused is not None:
+            return
+        if any(refusals):
+            rank = refusals.index(True)
+            name, _, message = texts[rank].partition("\n")
+            raise getattr(errors, name, ShapeError)(f"rank {rank} refused this call: {message}")
+        numbers = "" if len(set(calls)) == 1 else f"; their call numbers are {list(calls)}: did a rank skip a call?"
+        raise ShapeError(f"the ranks make different calls: {spec.differences(texts)}{numbers}")
+
+    def _gather(self, payload: bytes) -> list[bytes]:
+        self.counts["control"] += 1
+        return self.control.gather(payload)
+
+    def _require_usable(self) -> None:
+        if self._closed:
+            raise GroupError(f"group {self.name!r} is closed")
+        if self._broken is not None:
+            raise ExchangeError(f"group {self.name!r} cannot be used any more: {self._broken}; make a new one")
+
+    def _fail(self, error: RuntimeError) -> ExchangeError:
+        """End the group: leave a last word, read the peers', and say who is where."""
+        own = f"{self._doing}: {str(error).splitlines()[0]}"
+        self._broken = own
+        self.pool.close()  # a late peer may still write to buffers in flight, so none is used again
+        self.control.tell(own)
+        words = self.control.hear(_WORDS_SECONDS)
+        words.pop(self.rank, None)
+        silent = sorted(set(range(self.size)) - set(words) - {self.rank})
+        parts = [f"rank {self.rank} in {own}"]
+        parts += [f"rank {rank} in {word}" for rank, word in sorted(words.items())]
+        if silent:
+            parts.append(f"no word from ranks {silent}: died, stopped, or elsewhere")
+        return ExchangeError("; ".join(parts))
+
+
+def _padded(text: str) -> bytes:
+    return text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
+
+
+def _unpadded(blob: bytes) -> str:
+    return blob.rstrip(b"\0").decode(errors="replace")
+
+
+def process_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup | None:
+    """The process group meant by what a user gives; None when there is no distributed run."""
+    if group is None:
+        return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise OptionError(
+                f"group is a DeviceMesh of {group.ndim} dimensions {group.mesh_dim_names}; pass the one dimension that "
+                'the sequence is sharded over, e.g. mesh["sequence"]'
+            )
+        return group.get_group()
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise GroupError("this rank is not a member of the group that it was given")
+    if not isinstance(group, dist.ProcessGroup):
+        raise GroupError(
+            f"group is a {type(group).__name__}; pass a ProcessGroup, a 1-D DeviceMesh, a UlyssesGroup or None"
+        )
+    return group
+
+
+def _devices(group: dist.ProcessGroup) -> frozenset[str]:
+    """The device types whose tensors the group carries."""
+    config = dist.distributed_c10d._world.pg_backend_config.get(group, "")
+    pairs = [pair.split(":") for pair in str(config).split(",") if ":" in pair]
+    found = {device for device, backend in pairs if not (backend == "gloo" and device == "cuda")}
+    return frozenset(found or {"cpu" if dist.get_backend(group) == "gloo" else "cuda"})
+
+
+# -- the registry: the op knows its group by name
+
+_GROUPS: dict[str, UlyssesGroup] = {}
+_lock = threading.Lock()
+
+
+def _register(group: UlyssesGroup) -> str:
+    """A name that says which rank of which group it is, the same from run to run."""
+    label = "local" if group.process_group is None else group.process_group.group_name
+    with _lock:
+        for number in itertools.count():
+            name = f"{label}/{number}:{group.rank}of{group.size}"
+            if name not in _GROUPS:
+                _GROUPS[name] = group
+                return name
+    raise AssertionError
+
+
+def by_name(name: str) -> UlyssesGroup:
+    """The group registered under `name`. Raises GroupError when it is closed or was never there."""
+    try:
+        return _GROUPS[name]
+    except KeyError:
+        raise GroupError(f"there is no open group {name!r} in this process: it was closed, or made elsewhere") from None
+
+
+def resolve(group: Groupish) -> UlyssesGroup:
+    """The `UlyssesGroup` for what a user gives: itself, or one made for the process group at its first use.
+
+    One made here is closed when its process group has been destroyed, at the next call, or at exit.
+    """
+    if isinstance(group, UlyssesGroup):
+        return group
+    found = process_group(group)
+    for known in list(_GROUPS.values()):
+        if known.implicit and known.process_group is found:
+            return known
+        if known.implicit and known.process_group not in (None, *dist.distributed_c10d._world.pg_map):
+            known.close()
+    made = UlyssesGroup(found)
+    made.implicit, made.default = True, group is None
+    return made
+
+
+@atexit.register
+def _close_all() -> None:
+    for group in list(_GROUPS.values()):
+        group.close()
+
+
+def run_virtual(ranks: int, function: Callable[[UlyssesGroup], _Result], *, timeout: float = 60.0) -> list[_Result]:
+    """Run `function(group)` on `ranks` virtual ranks, threads of this process, and return their results in rank order.
+
+    For tests and single-GPU timing. Raises the first rank's error. Backward runs in the calling thread of each rank, as
+    one shared autograd thread would wait for itself at an exchange.
+    """
+    world = VirtualWorld(ranks, timeout)
+    results: list[Any] = [None] * ranks
+    failures: dict[int, BaseException] = {}
+
+    def work(rank: int) -> None:
+        try:
+            with torch.autograd.set_multithreading_enabled(False), UlyssesGroup(world.member(rank)) as group:
+                results[rank] = function(group)
+        except BaseException as error:
+            world.tell(rank, f"{type(error).__name__}: {error}")
+            failures[rank] = error
+
+    threads = [threading.Thread(target=work, args=(rank,), name=f"rank {rank}") for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        first = min(failures, key=lambda rank: (isinstance(failures[rank], ExchangeError), rank))
+        raise failures[first]
+    return results

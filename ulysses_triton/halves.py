@@ -1,0 +1,207 @@
+"""The two halves of a layer as ops of their own, for attention that is the user's callable.
+
+`exchange_in` turns sequence shards into rows in head layout, `exchange_out` turns the callable's output back; each has a
+backward that makes the opposite trip. An op cannot take a Python object, so the callable runs between the two.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import executor
+from .executor import Inputs
+from .group import by_name
+from .op import OPTION_NAMES, agreed, describe, like_inputs, like_weight, options_of
+from .placement import place
+from .spec import Problem
+
+
+@torch.library.custom_op("ulysses_triton::exchange_in", mutates_args=())
+def exchange_in(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    group: str,
+    heads: int,
+    kv_heads: int,
+    lens: list[int],
+    kv_lens: list[int],
+    causal: bool,
+    scale: float,
+    rope_interleaved: bool,
+    rope_dim: int,
+    norm_eps: float,
+    attention: str,
+    recompute: bool,
+    return_lse: bool,
+    grad: bool,
+    abi: int,
+) -> list[Tensor]:
+    """-> the received rows of each section: [S, B, row], or [S, B, row] of q and [Sk, B, row] of k and v."""
+    own, problem, inputs = agreed("exchange in", group, q, k, v, cos, sin, q_norm, k_norm, **options_of(locals()))
+    with own.call():
+        return executor.exchange_in(problem, own, inputs)
+
+
+@exchange_in.register_fake
+def _(
+    q, k, v, cos, sin, q_norm, k_norm, group, heads, kv_heads, lens, kv_lens, causal, scale, rope_interleaved, rope_dim,
+    norm_eps, attention, recompute, return_lse, grad, abi,
+):  # fmt: skip
+    own = by_name(group)
+    problem, _ = describe(own, q, k, v, cos, sin, q_norm, k_norm, **options_of(locals()))
+    return [
+        q.new_empty((sum(section.lens), problem.batch, section.rows[own.rank].width)) for section in place(problem).qkv
+    ]
+
+
+@torch.library.custom_op("ulysses_triton::exchange_in_backward", mutates_args=())
+def exchange_in_backward(
+    rows: list[Tensor],
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    group: str,
+    heads: int,
+    kv_heads: int,
+    lens: list[int],
+    kv_lens: list[int],
+    causal: bool,
+    scale: float,
+    rope_interleaved: bool,
+    rope_dim: int,
+    norm_eps: float,
+    attention: str,
+    recompute: bool,
+    return_lse: bool,
+    grad: bool,
+    abi: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> (dq, dk, dv, dq_norm, dk_norm), as the layer's backward."""
+    options = options_of(locals())
+    own, problem, inputs = agreed("exchange in backward", group, q, k, v, cos, sin, q_norm, k_norm, **options)
+    grads, views = _grads(problem, inputs, k is None, own.pool.take)
+    with own.call():
+        norms = executor.exchange_in_backward(problem, own, inputs, Inputs(*views, None), rows)
+    norms = [like_weight(grad, weight) for grad, weight in zip(norms, (q_norm, k_norm), strict=True)]
+    return (*grads, *(q.new_empty(0) if norm is None else norm for norm in norms))
+
+
+@exchange_in_backward.register_fake
+def _(
+    rows, q, k, v, cos, sin, q_norm, k_norm, group, heads, kv_heads, lens, kv_lens, causal, scale, rope_interleaved,
+    rope_dim, norm_eps, attention, recompute, return_lse, grad, abi,
+):  # fmt: skip
+    problem, inputs = describe(by_name(group), q, k, v, cos, sin, q_norm, k_norm, **options_of(locals()))
+    grads, _ = _grads(problem, inputs, k is None, torch.empty)
+    return (*grads, *(q.new_empty(0) if weight is None else torch.empty_like(weight) for weight in (q_norm, k_norm)))
+
+
+def _grads(problem: Problem, inputs: Inputs, fused: bool, empty: Any) -> Any:
+    like = inputs.q.new_empty(1).expand(*inputs.q.shape[:3], problem.value_dim)
+    return like_inputs(like, fused, problem.kv_heads, problem.head_dim, inputs.k.size(1), empty)
+
+
+def _setup_in(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:7])
+    ctx.fixed = dict(zip(("group", *OPTION_NAMES, "abi"), inputs[7:], strict=True))
+    ctx.metas = [(rows.shape, rows.dtype, rows.device) for rows in output]
+
+
+def _backward_in(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    q, k, v, cos, sin, q_norm, k_norm = ctx.saved_tensors
+    rows = [
+        torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
+        for grad, (shape, dtype, device) in zip(grads, ctx.metas, strict=True)
+    ]
+    found = exchange_in_backward(rows, q, k, v, cos, sin, q_norm, k_norm, **ctx.fixed)
+    given = (q, k, v, q_norm, k_norm)
+    dq, dk, dv, dq_norm, dk_norm = (g if t is not None else None for g, t in zip(found, given, strict=True))
+    return (dq, dk, dv, None, None, dq_norm, dk_norm, *(None,) * (len(OPTION_NAMES) + 2))
+
+
+exchange_in.register_autograd(_backward_in, setup_context=_setup_in)
+
+
+@torch.library.custom_op("ulysses_triton::exchange_out", mutates_args=())
+def exchange_out(
+    o: Tensor, group: str, heads: int, kv_heads: int, head_dim: int, lens: list[int], causal: bool
+) -> Tensor:
+    """o [S, B, hq, Dv] in head layout -> out [B, L, Hq, Dv]."""
+    own = by_name(group)
+    problem = _output_problem(o, heads, kv_heads, head_dim, lens, causal)
+    own.agree("exchange out", problem.signature)
+    row = place(problem).out[0].rows[own.rank]
+    rows = o.flatten(2)
+    if rows.size(2) < row.width:
+        rows = torch.nn.functional.pad(rows, (0, row.width - rows.size(2)))
+    with own.call():
+        return executor.exchange_out(problem, own, Inputs(rows, rows, rows, None), rows)
+
+
+@exchange_out.register_fake
+def _(o, group, heads, kv_heads, head_dim, lens, causal):
+    return o.new_empty((o.size(1), lens[by_name(group).rank], heads, o.size(3)))
+
+
+@torch.library.custom_op("ulysses_triton::exchange_out_backward", mutates_args=())
+def exchange_out_backward(
+    dout: Tensor, group: str, heads: int, kv_heads: int, head_dim: int, lens: list[int], causal: bool
+) -> Tensor:
+    """dout [B, L, Hq, Dv] -> rows [S, B, row] that begin with do [hq, Dv] in head layout."""
+    own = by_name(group)
+    problem = _output_problem(dout.transpose(0, 1), heads, kv_heads, head_dim, lens, causal)
+    own.agree("exchange out backward", problem.signature)
+    with own.call():
+        return executor.exchange_out_backward(problem, own, Inputs(dout, dout, dout, None), dout)
+
+
+@exchange_out_backward.register_fake
+def _(dout, group, heads, kv_heads, head_dim, lens, causal):
+    problem = _output_problem(dout.transpose(0, 1), heads, kv_heads, head_dim, lens, causal)
+    width = place(problem).out[0].rows[by_name(group).rank].width
+    return dout.new_empty((sum(lens), dout.size(0), width))
+
+
+def _output_problem(
+    o: Tensor, heads: int, kv_heads: int, head_dim: int, lens: list[int], causal: bool
+) -> Problem:
+    return Problem(
+        batch=o.size(1),
+        lens=tuple(lens),
+        kv_lens=tuple(lens),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_dim=o.size(3),
+        dtype=str(o.dtype).removeprefix("torch."),
+        device=o.device.type,
+        causal=causal,
+        scale=1.0,
+        attention="callable",
+    )
+
+
+def _setup_out(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.fixed = inputs[1:]
+    ctx.heads_here = inputs[0].shape[2:]
+
+
+def _backward_out(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+    rows = exchange_out_backward(dout, *ctx.fixed)
+    heads, dim = ctx.heads_here
+    return (rows[:, :, : heads * dim].unflatten(-1, (heads, dim)), *(None,) * 6)
+
+
+exchange_out.register_autograd(_backward_out, setup_context=_setup_out)

@@ -1,0 +1,129 @@
+"""What a call asks for, as a frozen value: pure Python, equal on every rank.
+
+A `Problem` is made from a call's tensors and options on every rank. All ranks' problems must be equal; `signature`
+writes one as text that ranks can compare, and `check` raises for what no number of ranks could compute.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+from .errors import DtypeError, OptionError, ShapeError
+
+ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+ATTENTIONS = ("auto", "triton", "aten", "reference", "callable")
+MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Attention over one sharded sequence, whole-model numbers. `lens` are all ranks' shard lengths, in tokens."""
+
+    batch: int
+    lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: str
+    device: str
+    causal: bool
+    scale: float
+    rope_dim: int = 0
+    rope_interleaved: bool = False
+    q_norm: bool = False
+    k_norm: bool = False
+    norm_eps: float = 1e-6
+    attention: str = "auto"
+    recompute: bool = False
+    return_lse: bool = False
+    grad: bool = False
+
+    @property
+    def seq(self) -> int:
+        return sum(self.lens)
+
+    @property
+    def kv_seq(self) -> int:
+        return sum(self.kv_lens)
+
+    @property
+    def ranks(self) -> int:
+        return len(self.lens)
+
+    @property
+    def cross(self) -> bool:
+        """Whether keys have their own lengths, so that q travels apart from k and v."""
+        return self.kv_lens != self.lens
+
+    @property
+    def item_size(self) -> int:
+        return ITEM_SIZES[self.dtype]
+
+    @property
+    def stat_width(self) -> int:
+        """Elements that one LSE or delta takes in a row: fp32 for all dtypes, fp64 for fp64."""
+        return max(1, 4 // self.item_size)
+
+    @cached_property
+    def signature(self) -> str:
+        """`name=value` pairs, the same text on every rank whose call is the same."""
+        return "; ".join(f"{f.name}={_text(getattr(self, f.name))}" for f in fields(self))
+
+    def check(self) -> None:
+        """Raise the `UlyssesError` of the first thing that is wrong with this problem by itself."""
+        if self.dtype not in ITEM_SIZES:
+            raise DtypeError(f"q has dtype {self.dtype}; attention takes float32, bfloat16, float16 or float64")
+        if self.batch < 1:
+            raise ShapeError(f"q has batch size {self.batch}; it must be at least 1")
+        if self.kv_heads < 1 or self.heads < 1 or self.heads % self.kv_heads:
+            raise ShapeError(
+                f"{self.heads} query heads cannot share {self.kv_heads} kv heads: the number of query heads must be a "
+                "positive multiple of the number of kv heads"
+            )
+        for name, dim in (("q and k", self.head_dim), ("v", self.value_dim)):
+            if not 8 <= dim <= MAX_HEAD_DIM or dim % 8:
+                raise ShapeError(
+                    f"{name} have head dim {dim}; it must be a multiple of 8 from 8 to {MAX_HEAD_DIM}: pad the heads "
+                    "with zero channels and pass scale= of the unpadded dim"
+                )
+        for name, lens in (("lens", self.lens), ("kv_lens", self.kv_lens)):
+            if len(lens) != self.ranks or any(n < 0 for n in lens):
+                raise ShapeError(f"{name} = {list(lens)} must hold one length >= 0 for each of the {self.ranks} ranks")
+        if self.attention not in ATTENTIONS:
+            raise OptionError(f'attention = {self.attention!r}; it must be "auto", "triton", "aten" or a callable')
+        if not math.isfinite(self.scale):
+            raise OptionError(f"scale = {self.scale}; it must be a finite number")
+        if self.rope_dim % 2 or not 0 <= self.rope_dim <= self.head_dim:
+            raise OptionError(
+                f"rope_dim = {self.rope_dim}; it must be even and at most the head dim, which is {self.head_dim}"
+            )
+
+
+def _text(value: object) -> str:
+    if isinstance(value, tuple) and len(set(value)) == 1:
+        return f"{value[0]} x {len(value)}"
+    return str(value)
+
+
+def differences(signatures: Sequence[str]) -> str:
+    """Who differs in what, over the ranks' signatures: `causal: rank 2 has False, ranks 0, 1 have True`."""
+    parsed = [dict(pair.partition("=")[::2] for pair in text.split("; ")) for text in signatures]
+    lines = []
+    for key in dict.fromkeys(key for pairs in parsed for key in pairs):
+        ranks: dict[str, list[int]] = {}
+        for rank, pairs in enumerate(parsed):
+            ranks.setdefault(pairs.get(key, "nothing"), []).append(rank)
+        if len(ranks) > 1:
+            by_size = sorted(ranks.items(), key=lambda item: (len(item[1]), item[1]))
+            lines.append(f"{key}: " + ", ".join(f"{_ranks(who)} {value}" for value, who in by_size))
+    return "; ".join(lines)
+
+
+def _ranks(ranks: list[int]) -> str:
+    names = ", ".join(map(str, ranks))
+    return f"rank {names} has" if len(ranks) == 1 else f"ranks {names} have"
