@@ -95,18 +95,16 @@ def truth(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
         oracle.rope(oracle.rms_norm(leaves[n].to(wide), norms[f"{n}_norm"], 1e-6), angles, case.interleaved).to(dtype)
         for n in ("q", "k")
     )
-    if dtype == torch.float64:
-        out, lse = oracle.attention(q, k, leaves["v"], causal=case.causal, scale=case.scale)
-        total = (out * inputs["dout"]).sum()
-        if case.return_lse:
-            total = total + (lse * inputs["dlse"]).sum()
-    else:
+    out, lse = oracle.attention(q.to(wide), k.to(wide), leaves["v"].to(wide), causal=case.causal, scale=case.scale)
+    if dtype != torch.float64:
         repeat = case.heads // case.kv_heads
         parts = [q, k.repeat_interleave(repeat, 2), leaves["v"].repeat_interleave(repeat, 2)]
         out = torch.nn.functional.scaled_dot_product_attention(
             *(t.transpose(1, 2) for t in parts), is_causal=case.causal, scale=case.scale
         ).transpose(1, 2)
-        lse, total = torch.zeros(0), (out * inputs["dout"]).sum()
+    total = (out * inputs["dout"]).sum()
+    if case.return_lse:
+        total = total + (lse * inputs["dlse"]).sum()
     grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     found = {"out": out.detach(), "lse": lse.detach()}
     return found | {f"d{n}": torch.zeros_like(t) if g is None else g for (n, t), g in zip(leaves.items(), grads, strict=True)}

@@ -200,9 +200,10 @@ def _attend(
 
 def _around(group: UlyssesGroup, attention: Callable[..., Tensor], arguments: tuple[Any, ...]) -> Tensor:
     """A callable between the two halves of the exchange."""
-    received = halves.exchange_in(*arguments)
+    rows, kv_rows = halves.exchange_in(*arguments)
     options = op.options_of(dict(zip(("group", *op.OPTION_NAMES), arguments[7:], strict=False)))
     problem, _ = op.describe(group, *arguments[:7], **options)
+    received = [rows, kv_rows] if problem.cross else [rows]
     q, k, v = (view.transpose(0, 1) for view in views_of_rows(problem, group.rank, received))
     index = place(problem).kv_head_of(group.rank)
     if len(index) % k.size(2) or index != [h // (len(index) // k.size(2)) for h in range(len(index))]:

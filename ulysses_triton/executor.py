@@ -112,7 +112,8 @@ def exchange_in_backward(
     run = _Run(problem, group, inputs)
     run.placement = replace(run.placement, grad_qkv=run.placement.qkv)
     run.grads = grads
-    run.send("exchange_grad_out", outbound, run.placement.grad_qkv, rows)
+    sections = run.placement.grad_qkv
+    run.send("exchange_grad_out", outbound, sections, rows[: len(sections)])
     run.all(schedule.IN_BACKWARD)
     return run.norm_grads
 

@@ -43,11 +43,12 @@ def exchange_in(
     return_lse: bool,
     grad: bool,
     abi: int,
-) -> list[Tensor]:
-    """-> the received rows of each section: [S, B, row], or [S, B, row] of q and [Sk, B, row] of k and v."""
+) -> tuple[Tensor, Tensor]:
+    """-> (received rows [S, B, row], [0]), or for keys of another length (rows of q, rows [Sk, B, row] of k and v)."""
     own, problem, inputs = agreed("exchange in", group, q, k, v, cos, sin, q_norm, k_norm, **options_of(locals()))
     with own.call():
-        return executor.exchange_in(problem, own, inputs)
+        rows = executor.exchange_in(problem, own, inputs)
+    return rows[0], rows[1] if len(rows) > 1 else q.new_empty(0)
 
 
 @exchange_in.register_fake
@@ -57,14 +58,14 @@ def _(
 ):  # fmt: skip
     own = by_name(group)
     problem, _ = describe(own, q, k, v, cos, sin, q_norm, k_norm, **options_of(locals()))
-    return [
-        q.new_empty((sum(section.lens), problem.batch, section.rows[own.rank].width)) for section in place(problem).qkv
-    ]
+    rows = [q.new_empty((sum(s.lens), problem.batch, s.rows[own.rank].width)) for s in place(problem).qkv]
+    return rows[0], rows[1] if len(rows) > 1 else q.new_empty(0)
 
 
 @torch.library.custom_op("ulysses_triton::exchange_in_backward", mutates_args=())
 def exchange_in_backward(
-    rows: list[Tensor],
+    rows: Tensor,
+    kv_rows: Tensor,
     q: Tensor,
     k: Tensor | None,
     v: Tensor | None,
@@ -93,15 +94,15 @@ def exchange_in_backward(
     own, problem, inputs = agreed("exchange in backward", group, q, k, v, cos, sin, q_norm, k_norm, **options)
     grads, views = _grads(problem, inputs, k is None, own.pool.take)
     with own.call():
-        norms = executor.exchange_in_backward(problem, own, inputs, Inputs(*views, None), rows)
+        norms = executor.exchange_in_backward(problem, own, inputs, Inputs(*views, None), [rows, kv_rows])
     norms = [like_weight(grad, weight) for grad, weight in zip(norms, (q_norm, k_norm), strict=True)]
     return (*grads, *(q.new_empty(0) if norm is None else norm for norm in norms))
 
 
 @exchange_in_backward.register_fake
 def _(
-    rows, q, k, v, cos, sin, q_norm, k_norm, group, heads, kv_heads, lens, kv_lens, causal, scale, rope_interleaved,
-    rope_dim, norm_eps, attention, recompute, return_lse, grad, abi,
+    rows, kv_rows, q, k, v, cos, sin, q_norm, k_norm, group, heads, kv_heads, lens, kv_lens, causal, scale,
+    rope_interleaved, rope_dim, norm_eps, attention, recompute, return_lse, grad, abi,
 ):  # fmt: skip
     problem, inputs = describe(by_name(group), q, k, v, cos, sin, q_norm, k_norm, **options_of(locals()))
     grads, _ = _grads(problem, inputs, k is None, torch.empty)
@@ -113,19 +114,14 @@ def _grads(problem: Problem, inputs: Inputs, fused: bool, empty: Any) -> Any:
     return like_inputs(like, fused, problem.kv_heads, problem.head_dim, inputs.k.size(1), empty)
 
 
-def _setup_in(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+def _setup_in(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:7])
     ctx.fixed = dict(zip(("group", *OPTION_NAMES, "abi"), inputs[7:], strict=True))
-    ctx.metas = [(rows.shape, rows.dtype, rows.device) for rows in output]
 
 
-def _backward_in(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+def _backward_in(ctx: Any, rows: Tensor, kv_rows: Tensor) -> tuple[Any, ...]:
     q, k, v, cos, sin, q_norm, k_norm = ctx.saved_tensors
-    rows = [
-        torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
-        for grad, (shape, dtype, device) in zip(grads, ctx.metas, strict=True)
-    ]
-    found = exchange_in_backward(rows, q, k, v, cos, sin, q_norm, k_norm, **ctx.fixed)
+    found = exchange_in_backward(rows, kv_rows, q, k, v, cos, sin, q_norm, k_norm, **ctx.fixed)
     given = (q, k, v, q_norm, k_norm)
     dq, dk, dv, dq_norm, dk_norm = (g if t is not None else None for g, t in zip(found, given, strict=True))
     return (dq, dk, dv, None, None, dq_norm, dk_norm, *(None,) * (len(OPTION_NAMES) + 2))

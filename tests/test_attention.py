@@ -1,0 +1,212 @@
+"""The layer against single-device attention in fp64: outputs and all gradients, on real processes and virtual ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from layer import Case, cases, check, joined, run
+
+from ulysses_triton import UlyssesGroup, run_virtual, ulysses_attention, ulysses_qkv_attention
+
+
+def on_process(ctx, case):
+    """The case on one real rank; the group is made at its first use and lives on, as a user's does."""
+    return run(case, ctx.rank, ctx.group)
+
+
+def virtually(case: Case) -> list:
+    return run_virtual(case.ranks, lambda group: run(case, group.rank, group))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+def test_processes_equal_one_device(pool, ranks):
+    @given(cases(ranks, ("reference", "aten", "callable"), max_tokens=40 if ranks < 8 else 12))
+    def holds(case):
+        case = callable_case(case) if case.attention == "callable" else case
+        check(case, pool.run(ranks, on_process, case))
+
+    holds()
+
+
+def callable_case(case: Case) -> Case:
+    return replace(case, attention=sdpa, recompute=None, return_lse=False)
+
+
+def sdpa(q, k, v, *, causal, scale):
+    """A user's attention: [B, S, h, D] in and out."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_triton_kernels_on_processes_equal_one_device(pool, ranks):
+    @settings(max_examples=4)
+    @given(cases(ranks, ("triton",), max_tokens=24))
+    def holds(case):
+        check(case, pool.run(ranks, on_process, case))
+
+    holds()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6])
+def test_virtual_ranks_equal_one_device(ranks):
+    @given(cases(ranks, ("reference", "aten", "callable"), max_tokens=32))
+    def holds(case):
+        case = callable_case(case) if case.attention == "callable" else case
+        check(case, virtually(case))
+
+    holds()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_triton_kernels_on_virtual_ranks_equal_one_device(ranks):
+    @settings(max_examples=6)
+    @given(cases(ranks, ("triton",), max_tokens=24))
+    def holds(case):
+        check(case, virtually(case))
+
+    holds()
+
+
+@pytest.mark.parametrize("attention", ["triton", "reference", "aten"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kv_heads", [4, 8], ids=["kv4", "kv8"])
+def test_forward_is_the_same_bits_for_every_number_of_ranks(pool, attention, dtype, kv_heads):
+    """And so are the gradients, where every kv head is whole on its rank."""
+    case = Case((45,), 8, kv_heads, dim=16, batch=2, dtype=dtype, attention=attention)
+    one = joined(case, virtually(case))
+    for ranks in (2, 4):
+        for results in (virtually(case.on(ranks)), pool.run(ranks, on_process, case.on(ranks))):
+            many = joined(case.on(ranks), results)
+            for name in ("out", "dq", "dk", "dv"):
+                assert torch.equal(one[name], many[name]), f"{name} differs between 1 and {ranks} ranks"
+
+
+@pytest.mark.parametrize("attention", ["triton", "reference"])
+def test_shared_kv_heads_change_only_the_order_of_a_sum(attention):
+    case = Case((40,), 4, 1, dtype="fp32", attention=attention)
+    one, four = joined(case, virtually(case)), joined(case, virtually(case.on(4)))
+    assert torch.equal(one["out"], four["out"]) and torch.equal(one["dq"], four["dq"])
+    for name in ("dk", "dv"):
+        torch.testing.assert_close(one[name], four[name], rtol=1e-5, atol=1e-6)
+
+
+def test_every_exchange_gives_the_same_bits(pool):
+    case = Case((9, 14, 0), 6, 2, dim=24, batch=2, dtype="bf16", return_lse=True)
+    collective, one_sided = pool.run(3, on_process, case), virtually(case)
+    for a, b in zip(collective, one_sided, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((1, 0), 2, 1, dtype="fp32"),
+        Case((0, 0, 3), 3, 3, dtype="fp32", causal=False),
+        Case((3, 2), 2, 2, kv_lens=(0, 0), dtype="fp32", causal=False, return_lse=True),
+        Case((0, 0), 2, 2, kv_lens=(2, 1), dtype="fp32"),
+        Case((2, 3), 2, 2, kv_lens=(1, 0), dtype="fp32", return_lse=True),
+        Case((17, 16), 2, 1, dim=256, value_dim=256, dtype="bf16"),
+        Case((17, 16), 4, 2, dim=192, value_dim=128, dtype="bf16"),
+        Case((6, 6, 6, 6, 6, 6), 12, 4, dim=8, value_dim=8, dtype="fp32"),
+        Case((6, 6), 10, 5, dim=8, value_dim=8, dtype="fp32", attention=sdpa),
+        Case((6, 6), 12, 3, dim=8, value_dim=8, dtype="fp32", attention=sdpa),
+    ],
+    ids=["one token", "empty ranks", "no keys", "no queries", "masked rows", "D 256", "MLA dims", "uneven kv", "callable GQA", "callable uneven kv"],
+)  # fmt: skip
+@pytest.mark.parametrize("attention", ["reference", "triton"])
+def test_edges(case, attention):
+    case = case if callable(case.attention) else replace(case, attention=attention)
+    check(case, virtually(case))
+
+
+def test_no_process_group_is_plain_attention():
+    q, k, v = (torch.randn(2, 20, 4, 16, requires_grad=True) for _ in range(3))
+    out = ulysses_attention(q, k, v, causal=True, attention="reference")
+    expected = sdpa(q, k, v, causal=True, scale=None)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), q)[0], torch.autograd.grad(expected.sum(), q)[0])
+
+
+def test_inputs_are_not_written_to():
+    q, k, v = (torch.randn(1, 12, 2, 16, requires_grad=True) for _ in range(3))
+    before = [t.detach().clone() for t in (q, k, v)]
+    out = ulysses_attention(q, k, v, causal=True)
+    kept = out.detach().clone()
+    out.backward(torch.randn_like(out))
+    assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v), strict=True)) and torch.equal(out, kept)
+
+
+def test_fused_gradient_is_one_tensor_in_the_layout_of_the_projection():
+    qkv = torch.randn(2, 12, 8 * 16, requires_grad=True)
+    out = ulysses_qkv_attention(qkv, heads=4, kv_heads=2, causal=True)
+    (grad,) = torch.autograd.grad(out.sum(), qkv)
+    assert grad.is_contiguous() and grad.shape == qkv.shape and torch.isfinite(grad).all()
+
+
+def count_exchanges(ctx, case, kinds):
+    """All-to-alls on the data group and gathers apart from it, as torch.distributed's own functions see them."""
+    import torch.distributed as dist
+
+    seen = {"all_to_all_single": 0, "all_gather_into_tensor": 0}
+    originals = {name: getattr(dist, name) for name in seen}
+
+    def counting(name):
+        def call(*args, group=None, **kwargs):
+            seen[name] += 1
+            assert (group is ctx.group) == (name == "all_to_all_single"), "control messages travel on a group of their own"
+            return originals[name](*args, group=group, **kwargs)
+
+        return call
+
+    with UlyssesGroup(ctx.group) as group:
+        run(case, ctx.rank, group)  # whatever a first call sets up
+        for name in seen:
+            setattr(dist, name, counting(name))
+        try:
+            run(case, ctx.rank, group)
+        finally:
+            for name, original in originals.items():
+                setattr(dist, name, original)
+        return seen, dict(group.counts), group.exchange.name
+
+
+@pytest.mark.parametrize(
+    ("changes", "exchanges"),
+    [({}, 4), ({"recompute": "exchange"}, 5), ({"kv_lens": (3, 9)}, 6)],
+    ids=["plain", "recompute", "cross-attention: q beside k and v"],
+)
+def test_one_exchange_in_and_one_out_per_direction(pool, changes, exchanges):
+    case = replace(Case((8, 8), 4, 2), **changes)
+    for seen, counts, name in pool.run(2, count_exchanges, case, None):
+        assert name == "torch"
+        assert seen == {"all_to_all_single": exchanges, "all_gather_into_tensor": 2}
+        steps = ["exchange_in", "exchange_out", "exchange_grad_in", "exchange_grad_out"]
+        expected = {step: 2 for step in steps} | {"control": 4}
+        if "recompute" in changes:
+            expected["exchange_in"] = 4
+        assert counts == expected
+
+
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_low_precision_bits_survive_the_exchange(pool, ranks):
+    """Rows are moved, never computed with: all 65,536 patterns of 16 bits come back as they were."""
+    assert all(pool.run(ranks, bits_come_back))
+
+
+def bits_come_back(ctx):
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(1, -1, ctx.size, 16)
+    mine = bits.chunk(ctx.size, dim=1)[ctx.rank]
+    v = mine.view(torch.bfloat16)
+    out = ulysses_attention(torch.zeros_like(v), torch.zeros_like(v), v, ctx.group, attention=identity_on_v)
+    return torch.equal(out.view(torch.int16), mine)
+
+
+def identity_on_v(q, k, v, **_):
+    return v
