@@ -1,0 +1,204 @@
+"""pack, pack_grad, unpack and unpack_grad in plain PyTorch: the twins of the kernels, and what runs on a CPU.
+
+Without a transform each byte is moved once, by one strided copy per rank. With one, the work goes through blocks of
+tokens whose temporaries stay in cache. Arithmetic is in fp32 (fp64 for fp64) with one rounding at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ._views import ORows, QKVRows, Transform
+
+_BLOCK_ELEMENTS = 1 << 18  # 1 MB in fp32: smaller blocks pay more per call, larger ones leave the cache
+
+
+def pack(q: Tensor, k: Tensor, v: Tensor, to: Sequence[QKVRows], transform: Transform | None = None) -> None:
+    """Write the heads of q, k and v into each rank's rows, q and k normalised and rotated as `transform` says."""
+    tf = transform or Transform()
+    _pack_heads(q, [(rows.q_head, rows.q) for rows in to], tf, tf.q_norm)
+    _pack_heads(k, [(rows.kv_head, rows.k) for rows in to], tf, tf.k_norm)
+    _pack_heads(v, [(rows.kv_head, rows.v) for rows in to], Transform(), None)
+
+
+def pack_grad(do: Tensor, o: Tensor | None, dlse: Tensor | None, to: Sequence[ORows]) -> None:
+    """Write the heads of dO into each rank's rows, and `delta = sum(dO * O) - dLSE` where they have a place for it."""
+    for rows in to:
+        rows.o.copy_(_heads(do, rows.q_head, rows.o))
+    if all(rows.stat is None for rows in to):
+        return
+    assert o is not None, "delta needs o"
+    dtype = _inner(do)
+    for block in _blocks(do):
+        delta = (do[:, block].to(dtype) * o[:, block].to(dtype)).sum(-1)  # [B, T, Hq]
+        if dlse is not None:
+            delta -= dlse[:, block]
+        for rows in to:
+            assert rows.stat is not None, "delta for all ranks or none"
+            stat = rows.stat[block]
+            stat.copy_(_heads(delta, rows.q_head, stat))
+
+
+def unpack(rows: Sequence[ORows], out: Tensor, lse: Tensor | None) -> None:
+    """Write the heads of O in each rank's rows to `out` [B, L, Hq, Dv], and their LSE to `lse` [B, L, Hq] if given."""
+    for r in rows:
+        _heads(out, r.q_head, r.o).copy_(r.o)
+        if lse is not None:
+            assert r.stat is not None, "an LSE is asked for that the rows do not carry"
+            _heads(lse, r.q_head, r.stat).copy_(r.stat)
+
+
+def unpack_grad(
+    rows: Sequence[QKVRows], q: Tensor | None, k: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor,
+    transform: Transform | None = None,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Write the gradients of what `pack` was given, from those of what it wrote; return the norm weights' gradients."""
+    tf = transform or Transform()
+    dq_norm = _unpack_heads([(r.q_head, r.q) for r in rows], q, dq, tf, tf.q_norm)
+    dk_norm = _unpack_heads([(r.kv_head, r.k) for r in rows], k, dk, tf, tf.k_norm)
+    _unpack_heads([(r.kv_head, r.v) for r in rows], None, dv, Transform(), None)
+    return dq_norm, dk_norm
+
+
+def _pack_heads(x: Tensor, to: Sequence[tuple[int, Tensor]], tf: Transform, weight: Tensor | None) -> None:
+    """The heads of `x` [B, L, H, D] into views [L, B, h, D] that begin with the given head."""
+    if tf.cos is None and weight is None:
+        for head, view in to:
+            view.copy_(_heads(x, head, view))
+        return
+    dtype = _inner(x)
+    w = None if weight is None else weight.to(dtype)
+    for block in _blocks(x):
+        y = b_x = x[:, block].to(dtype)  # [B, T, H, D]
+        if tf.cos is not None:
+            y = _rotate(b_x, *_rotation(tf, block, x.shape[-1], dtype, w), tf)
+        elif w is not None:
+            y = b_x * w
+        if w is not None:
+            y *= _rms_scale(b_x, tf.eps)
+        for head, view in to:
+            view[block].copy_(_heads(y, head, view[block]))
+
+
+def _unpack_heads(
+    rows: Sequence[tuple[int, Tensor]], x: Tensor | None, dx: Tensor, tf: Transform, weight: Tensor | None
+) -> Tensor | None:
+    """The gradients in views [L, B, h, D] into `dx` [B, L, H, D]; returns the gradient of the norm's weight."""
+    dtype = _inner(dx)
+    heads = [first + i for first, view in rows for i in range(view.shape[2])]
+    shared = len(heads) > len(set(heads))
+    if tf.cos is None and weight is None and (dx.dtype == dtype or not shared):
+        _sum_heads(rows, dx)
+        return None
+    dw = None if weight is None else dx.new_zeros(dx.shape[-1], dtype=dtype)
+    for block in _blocks(dx):
+        b_dx = dx[:, block]
+        g = torch.empty_like(b_dx, dtype=dtype, memory_format=torch.contiguous_format)  # [B, T, H, D]
+        _sum_heads([(head, view[block]) for head, view in rows], g)
+        if tf.cos is not None:
+            g = _rotate(g, *_rotation(tf, block, g.shape[-1], dtype, vjp=True), tf)
+        if weight is not None:
+            assert x is not None and dw is not None, "the norm's VJP needs the raw input"
+            b_x = x[:, block].to(dtype)
+            r = _rms_scale(b_x, tf.eps)  # [B, T, H, 1]
+            n = b_x * r  # [B, T, H, D]
+            gn = g * n  # [B, T, H, D]
+            w = weight.to(dtype)
+            dw += gn.sum((0, 1, 2))
+            mean = (gn @ w).unsqueeze(-1) / len(w)  # [B, T, H, 1]
+            g.mul_(w).addcmul_(n, mean, value=-1).mul_(r)
+        b_dx.copy_(g)
+    return dw
+
+
+def _sum_heads(rows: Sequence[tuple[int, Tensor]], out: Tensor) -> None:
+    """Each head of `out` [B, T, H, D] is the sum of its sources in the order of `rows`, and zero without any."""
+    written = [False] * out.shape[2]
+    for first, view in rows:
+        for head, n, again in _runs(written, first, view.shape[2]):
+            target = out[:, :, head : head + n].transpose(0, 1)  # [T, B, n, D]
+            source = view[:, :, head - first : head - first + n]
+            if again:
+                target += source
+            else:
+                target.copy_(source)
+        written[first : first + view.shape[2]] = [True] * view.shape[2]
+    for head, n, again in _runs(written, 0, len(written)):
+        if not again:
+            out[:, :, head : head + n] = 0
+
+
+def _runs(flags: Sequence[bool], first: int, n: int) -> Iterator[tuple[int, int, bool]]:
+    """(first, length, flag) of each run of equal `flags` in `first .. first + n - 1`."""
+    head = first
+    for flag, run in groupby(flags[first : first + n]):
+        length = len(list(run))
+        yield head, length, flag
+        head += length
+
+
+def _heads(x: Tensor, first: int, view: Tensor) -> Tensor:
+    """The heads of `x` [B, L, H, ...] that `view` [L, B, h, ...] holds, in its order of dimensions."""
+    return x[:, :, first : first + view.shape[2]].transpose(0, 1)
+
+
+def _blocks(x: Tensor) -> Iterator[slice]:
+    """Token ranges of `x` [B, L, H, D] whose elements fit a block."""
+    B, L, H, D = x.shape
+    step = max(1, _BLOCK_ELEMENTS // max(1, B * H * D))
+    for start in range(0, L, step):
+        yield slice(start, min(start + step, L))
+
+
+def _inner(x: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _rms_scale(x: Tensor, eps: float) -> Tensor:
+    return (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps).rsqrt()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, tf: Transform) -> Tensor:
+    """`x` [B, T, H, D] times `cos` [1 or B, T, 1, D], plus its turned channels times `sin` [1 or B, T, 1, R]."""
+    y = x * cos  # [B, T, H, D]
+    y[..., : tf.rope_dim].addcmul_(_turn(x[..., : tf.rope_dim], tf.interleaved), sin)
+    return y
+
+
+def _turn(x: Tensor, interleaved: bool) -> Tensor:
+    """The partners of all channels; of interleaved pairs (a, b), which PyTorch turns as complex numbers, (-b, a)."""
+    if not interleaved:
+        return x.roll(x.shape[-1] // 2, -1)
+    if x.storage_offset() % 2 or any(s % 2 for s in x.stride()[:-1]):
+        x = x.clone(memory_format=torch.contiguous_format)  # complex numbers must lie at even places
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * 1j).flatten(-2)
+
+
+def _rotation(
+    tf: Transform, block: slice, D: int, dtype: torch.dtype, weight: Tensor | None = None, vjp: bool = False
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of a block of tokens for `_rotate`: one column per channel, signs and a norm's weight included.
+
+    The VJP is the same map with sin at the partner's place and of opposite sign.
+    """
+    assert tf.cos is not None and tf.sin is not None
+    R = tf.rope_dim
+
+    def swap(t: Tensor) -> Tensor:
+        return t.unflatten(-1, (R // 2, 2)).flip(-1).flatten(-2) if tf.interleaved else t.roll(R // 2, -1)
+
+    cos, sin = (t[:, block].to(dtype).unsqueeze(2) for t in (tf.cos, tf.sin))  # [1 or B, T, 1, R / 2 or R]
+    if cos.shape[-1] != R:
+        cos, sin = (t.repeat_interleave(2, -1) if tf.interleaved else torch.cat((t, t), -1) for t in (cos, sin))
+    if vjp:
+        sin = -swap(sin)
+    if not tf.interleaved:
+        sin = torch.cat((-sin[..., : R // 2], sin[..., R // 2 :]), -1)
+    cos = pad(cos, (0, D - R), value=1.0)
+    return (cos, sin) if weight is None else (cos * weight, sin * swap(weight[:R]))
