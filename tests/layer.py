@@ -51,7 +51,9 @@ class Case:
 
     def on(self, ranks: int) -> Case:
         """The same whole sequence on another number of ranks."""
-        return replace(self, lens=_split(sum(self.lens), ranks), kv_lens=self.kv_lens and _split(sum(self.kv_lens), ranks))
+        return replace(
+            self, lens=_split(sum(self.lens), ranks), kv_lens=self.kv_lens and _split(sum(self.kv_lens), ranks)
+        )
 
     def __str__(self) -> str:
         return repr(self)
@@ -107,7 +109,9 @@ def truth(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
         total = total + (lse * inputs["dlse"]).sum()
     grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     found = {"out": out.detach(), "lse": lse.detach()}
-    return found | {f"d{n}": torch.zeros_like(t) if g is None else g for (n, t), g in zip(leaves.items(), grads, strict=True)}
+    return found | {
+        f"d{n}": torch.zeros_like(t) if g is None else g for (n, t), g in zip(leaves.items(), grads, strict=True)
+    }
 
 
 def run(case: Case, rank: int, group: Any) -> dict[str, Tensor]:

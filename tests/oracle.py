@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """q [B, S, Hq, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv] -> out [B, S, Hq, Dv], LSE [B, S, Hq]; all scores at once."""
+    """q [B, S, Hq, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv] -> out, LSE; all scores at once."""
     repeat = q.size(2) // k.size(2)
     k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * (scale if scale is not None else 1 / math.sqrt(q.size(-1)))

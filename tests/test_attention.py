@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from layer import Case, cases, check, joined, run
 
@@ -116,7 +117,10 @@ def test_every_exchange_gives_the_same_bits(pool):
         Case((6, 6), 10, 5, dim=8, value_dim=8, dtype="fp32", attention=sdpa),
         Case((6, 6), 12, 3, dim=8, value_dim=8, dtype="fp32", attention=sdpa),
     ],
-    ids=["one token", "empty ranks", "no keys", "no queries", "masked rows", "D 256", "MLA dims", "uneven kv", "callable GQA", "callable uneven kv"],
+    ids=[
+        "one token", "empty ranks", "no keys", "no queries", "masked rows", "D 256", "MLA dims", "uneven kv",
+        "callable GQA", "callable uneven kv",
+    ],
 )  # fmt: skip
 @pytest.mark.parametrize("attention", ["reference", "triton"])
 def test_edges(case, attention):
@@ -148,30 +152,29 @@ def test_fused_gradient_is_one_tensor_in_the_layout_of_the_projection():
     assert grad.is_contiguous() and grad.shape == qkv.shape and torch.isfinite(grad).all()
 
 
-def count_exchanges(ctx, case, kinds):
-    """All-to-alls on the data group and gathers apart from it, as torch.distributed's own functions see them."""
-    import torch.distributed as dist
+def count_exchanges(ctx, case):
+    """All-to-alls on the data group and messages apart from it, for one layer forward and backward."""
+    seen = {"data": 0, "control": 0}
+    original = dist.all_to_all_single
 
-    seen = {"all_to_all_single": 0, "all_gather_into_tensor": 0}
-    originals = {name: getattr(dist, name) for name in seen}
-
-    def counting(name):
-        def call(*args, group=None, **kwargs):
-            seen[name] += 1
-            assert (group is ctx.group) == (name == "all_to_all_single"), "control messages travel on a group of their own"
-            return originals[name](*args, group=group, **kwargs)
-
-        return call
+    def counting(*args, group, **kwargs):
+        assert group is ctx.group
+        seen["data"] += 1
+        return original(*args, group=group, **kwargs)
 
     with UlyssesGroup(ctx.group) as group:
         run(case, ctx.rank, group)  # whatever a first call sets up
-        for name in seen:
-            setattr(dist, name, counting(name))
+        gather = group.control.gather
+
+        def gathering(payload):
+            seen["control"] += 1
+            return gather(payload)
+
+        dist.all_to_all_single, group.control.gather = counting, gathering
         try:
             run(case, ctx.rank, group)
         finally:
-            for name, original in originals.items():
-                setattr(dist, name, original)
+            dist.all_to_all_single = original
         return seen, dict(group.counts), group.exchange.name
 
 
@@ -182,16 +185,14 @@ def count_exchanges(ctx, case, kinds):
 )
 def test_one_exchange_in_and_one_out_per_direction(pool, changes, exchanges):
     case = replace(Case((8, 8), 4, 2), **changes)
-    for seen, counts, name in pool.run(2, count_exchanges, case, None):
+    for seen, counts, name in pool.run(2, count_exchanges, case):
         assert name == "torch"
-        assert seen == {"all_to_all_single": exchanges, "all_gather_into_tensor": 2}
+        assert seen == {"data": exchanges, "control": 2}
         steps = ["exchange_in", "exchange_out", "exchange_grad_in", "exchange_grad_out"]
         expected = {step: 2 for step in steps} | {"control": 4}
         if "recompute" in changes:
             expected["exchange_in"] = 4
         assert counts == expected
-
-
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

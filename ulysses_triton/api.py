@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import halves, op
-from .errors import DtypeError, OptionError, ShapeError, UlyssesError
+from .errors import DeviceError, DtypeError, OptionError, ShapeError, UlyssesError
 from .executor import views_of_rows
 from .group import Groupish, UlyssesGroup, resolve
 from .placement import place
@@ -63,10 +63,10 @@ def ulysses_attention(
     """
     own = resolve(group)
     with _told_to_peers(own):
-        _check_tensors(q=q, k=k, v=v)
+        _check_tensors(own, q=q, k=k, v=v)
     return _attend(
-        own, (q, k, v), (None, None), (None, None), 0, 0, False, 0, 1e-6, causal, scale, lens, kv_lens, attention,
-        recompute, return_lse,
+        own, (q, k, v), causal=causal, scale=scale, lens=lens, kv_lens=kv_lens, attention=attention,
+        recompute=recompute, return_lse=return_lse,
     )  # fmt: skip
 
 
@@ -111,13 +111,14 @@ def ulysses_qkv_attention(
     """
     own = resolve(group)
     with _told_to_peers(own):
-        _check_tensors(qkv=qkv)
+        _check_tensors(own, qkv=qkv)
         cos, sin = (None, None) if rope is None else rope
         optional = {"rope cos": cos, "rope sin": sin, "q_norm": q_norm, "k_norm": k_norm}
-        _check_tensors(**{name: tensor for name, tensor in optional.items() if tensor is not None})
+        _check_tensors(own, **{name: tensor for name, tensor in optional.items() if tensor is not None})
     return _attend(
-        own, (qkv, None, None), (cos, sin), (q_norm, k_norm), heads, kv_heads, rope_interleaved, rope_dim or 0, norm_eps,
-        causal, scale, lens, None, attention, recompute, return_lse,
+        own, (qkv, None, None), (cos, sin, q_norm, k_norm), heads=heads, kv_heads=kv_heads,
+        rope_interleaved=rope_interleaved, rope_dim=rope_dim or 0, norm_eps=norm_eps, causal=causal, scale=scale,
+        lens=lens, attention=attention, recompute=recompute, return_lse=return_lse,
     )  # fmt: skip
 
 
@@ -135,31 +136,35 @@ class _told_to_peers:
             self.group.refuse(error)
 
 
-def _check_tensors(**tensors: object) -> None:
+def _check_tensors(group: UlyssesGroup, **tensors: object) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise DtypeError(f"{name} is a {type(tensor).__name__}; it must be a tensor")
+        if tensor.device.type not in group.devices:
+            raise DeviceError(
+                f"{name} is on {tensor.device}, but group {group.name!r} carries tensors on "
+                f"{' and '.join(sorted(group.devices))}: move it, or use a process group whose backend carries it"
+            )
 
 
 def _attend(
     group: UlyssesGroup,
     qkv: tuple[Tensor, Tensor | None, Tensor | None],
-    rope: tuple[Tensor | None, Tensor | None],
-    norms: tuple[Tensor | None, Tensor | None],
-    heads: int,
-    kv_heads: int,
-    rope_interleaved: bool,
-    rope_dim: int,
-    norm_eps: float,
+    transform: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = (None,) * 4,
+    *,
+    heads: int = 0,
+    kv_heads: int = 0,
+    lens: Sequence[int] | None,
+    kv_lens: Sequence[int] | None = None,
     causal: bool,
     scale: float | None,
-    lens: Sequence[int] | None,
-    kv_lens: Sequence[int] | None,
+    rope_interleaved: bool = False,
+    rope_dim: int = 0,
+    norm_eps: float = 1e-6,
     attention: Attention,
     recompute: str | None,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    q = qkv[0]
     with _told_to_peers(group):
         if recompute not in (None, "exchange"):
             raise OptionError(f'recompute = {recompute!r}; it must be None or "exchange"')
@@ -167,20 +172,19 @@ def _attend(
             raise OptionError(f"attention is a {type(attention).__name__}; it must be a name or a callable")
         if callable(attention) and (return_lse or recompute):
             raise OptionError("a callable attention goes with neither return_lse nor recompute: they are the kernels'")
-        if q.dim() == 0 or (qkv[1] is None and heads + 2 * kv_heads < 1):
-            raise ShapeError(f"q has shape {list(q.shape)}, with heads = {heads} and kv_heads = {kv_heads}")
-        head_dim = q.size(-1) if qkv[1] is not None else q.size(-1) // (heads + 2 * kv_heads)
-    tensors = [t for t in (*qkv, *norms) if t is not None]
-    grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        parts = heads + 2 * kv_heads if qkv[1] is None else 1
+        if qkv[0].dim() == 0 or parts < 1:
+            raise ShapeError(f"q has shape {list(qkv[0].shape)}, with heads = {heads} and kv_heads = {kv_heads}")
+        head_dim = qkv[0].size(-1) // parts
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*qkv, *transform[2:]) if t is not None)
     arguments: tuple[Any, ...] = (
         *qkv,
-        *rope,
-        *norms,
+        *transform,
         group.name,
         heads,
         kv_heads,
-        list(lens or ()),
-        list(kv_lens or ()),
+        [int(n) for n in lens] if lens is not None else [],
+        [int(n) for n in kv_lens] if kv_lens is not None else [],
         causal,
         float(scale if scale is not None else max(head_dim, 1) ** -0.5),
         rope_interleaved,

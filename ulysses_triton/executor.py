@@ -34,7 +34,7 @@ class Inputs(NamedTuple):
 
 
 class Workspace(NamedTuple):
-    """What forward keeps for backward, as byte ranges of one buffer: received rows, LSE, O in head layout (aten only)."""
+    """What forward keeps for backward, as byte ranges of one buffer; O in head layout is for aten only."""
 
     sections: tuple[slice, ...]
     lse: slice
@@ -57,8 +57,7 @@ def workspace(problem: Problem, rank: int) -> Workspace:
     grad = problem.grad and problem.attention != "callable"  # around a callable, autograd itself keeps the rows
     keep_rows = grad and not problem.recompute
     sections = tuple(
-        region(sum(s.lens) * problem.batch * s.rows[rank].width * problem.item_size * keep_rows)
-        for s in placement.qkv
+        region(sum(s.lens) * problem.batch * s.rows[rank].width * problem.item_size * keep_rows) for s in placement.qkv
     )
     stat_size = problem.item_size * problem.stat_width
     lse = region(share.q_heads * problem.batch * problem.seq * stat_size * grad)
@@ -72,6 +71,7 @@ def forward(problem: Problem, group: UlyssesGroup, inputs: Inputs) -> tuple[Tens
     run = _Run(problem, group, inputs)
     run.saved = group.pool.take((run.space.size,), torch.uint8, inputs.q.device)
     run.all(schedule.forward(group.exchange.one_sided))
+    assert run.out is not None
     return run.out, run.user_lse, run.saved
 
 
@@ -123,6 +123,7 @@ def exchange_out(problem: Problem, group: UlyssesGroup, inputs: Inputs, rows: Te
     run = _Run(problem, group, inputs)
     run.send("exchange_out", outbound, run.placement.out, [rows])
     run.all(schedule.OUT)
+    assert run.out is not None
     return run.out
 
 

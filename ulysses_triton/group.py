@@ -50,8 +50,8 @@ class UlyssesGroup:
         check: what ranks compare before every call: "hash" of the call's signature, or "always" all of it.
         timeout: how long a rank waits for its peers.
 
-    Raises GroupError for a group this rank is not in, OptionError for an unknown option. Making one is collective: every
-    rank of `group` does. A context manager; `close` gives everything back.
+    Raises GroupError for a group this rank is not in, OptionError for an unknown option. Making one is collective:
+    every rank of `group` does. A context manager; `close` gives everything back.
     """
 
     def __init__(
@@ -194,7 +194,9 @@ class UlyssesGroup:
         with self.step("agreement"):
             texts: list[str] | None = None
             if self._check_all:
-                records = [(blob[: _RECORD.size], blob[_RECORD.size :]) for blob in self._gather(record + _padded(text))]
+                records = [
+                    (blob[: _RECORD.size], blob[_RECORD.size :]) for blob in self._gather(record + _padded(text))
+                ]
                 heads, texts = [head for head, _ in records], [_unpadded(tail) for _, tail in records]
             else:
                 heads = self._gather(record)
@@ -259,11 +261,10 @@ def process_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessG
                 'the sequence is sharded over, e.g. mesh["sequence"]'
             )
         return group.get_group()
-    if group is dist.GroupMember.NON_GROUP_MEMBER:
-        raise GroupError("this rank is not a member of the group that it was given")
     if not isinstance(group, dist.ProcessGroup):
         raise GroupError(
-            f"group is a {type(group).__name__}; pass a ProcessGroup, a 1-D DeviceMesh, a UlyssesGroup or None"
+            f"group is a {type(group).__name__}; pass a ProcessGroup, a 1-D DeviceMesh, a UlyssesGroup or None (an int is "
+            "what new_group gives to ranks outside the group: those make no call)"
         )
     return group
 

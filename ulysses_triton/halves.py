@@ -1,11 +1,12 @@
 """The two halves of a layer as ops of their own, for attention that is the user's callable.
 
-`exchange_in` turns sequence shards into rows in head layout, `exchange_out` turns the callable's output back; each has a
-backward that makes the opposite trip. An op cannot take a Python object, so the callable runs between the two.
+`exchange_in` turns sequence shards into rows in head layout, `exchange_out` turns the callable's output back; each has
+a backward that makes the opposite trip. An op cannot take a Python object, so the callable runs between the two.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from . import executor
 from .executor import Inputs
 from .group import by_name
-from .op import OPTION_NAMES, agreed, describe, like_inputs, like_weight, options_of
+from .op import OPTION_NAMES, QKV, agreed, describe, like_inputs, options_of, weight_grads
 from .placement import place
 from .spec import Problem
 
@@ -95,8 +96,7 @@ def exchange_in_backward(
     grads, views = _grads(problem, inputs, k is None, own.pool.take)
     with own.call():
         norms = executor.exchange_in_backward(problem, own, inputs, Inputs(*views, None), [rows, kv_rows])
-    norms = [like_weight(grad, weight) for grad, weight in zip(norms, (q_norm, k_norm), strict=True)]
-    return (*grads, *(q.new_empty(0) if norm is None else norm for norm in norms))
+    return (*grads, *weight_grads(q, norms, (q_norm, k_norm)))
 
 
 @exchange_in_backward.register_fake
@@ -106,10 +106,10 @@ def _(
 ):  # fmt: skip
     problem, inputs = describe(by_name(group), q, k, v, cos, sin, q_norm, k_norm, **options_of(locals()))
     grads, _ = _grads(problem, inputs, k is None, torch.empty)
-    return (*grads, *(q.new_empty(0) if weight is None else torch.empty_like(weight) for weight in (q_norm, k_norm)))
+    return (*grads, *weight_grads(q, (q_norm, k_norm), (q_norm, k_norm)))
 
 
-def _grads(problem: Problem, inputs: Inputs, fused: bool, empty: Any) -> Any:
+def _grads(problem: Problem, inputs: Inputs, fused: bool, empty: Callable[..., Tensor]) -> tuple[QKV, QKV]:
     like = inputs.q.new_empty(1).expand(*inputs.q.shape[:3], problem.value_dim)
     return like_inputs(like, fused, problem.kv_heads, problem.head_dim, inputs.k.size(1), empty)
 
@@ -170,9 +170,7 @@ def _(dout, group, heads, kv_heads, head_dim, lens, causal):
     return dout.new_empty((sum(lens), dout.size(0), width))
 
 
-def _output_problem(
-    o: Tensor, heads: int, kv_heads: int, head_dim: int, lens: list[int], causal: bool
-) -> Problem:
+def _output_problem(o: Tensor, heads: int, kv_heads: int, head_dim: int, lens: list[int], causal: bool) -> Problem:
     return Problem(
         batch=o.size(1),
         lens=tuple(lens),

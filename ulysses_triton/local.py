@@ -91,9 +91,7 @@ def _local(name: str, why: str, *, triton: bool = False) -> Local:
         return Local(
             name, why, attend_forward=_aten_forward, attend_backward=_aten_backward, keeps_output=True, **moves
         )
-    return Local(
-        name, why, attend_forward=reference.attend_forward, attend_backward=reference.attend_backward, **moves
-    )
+    return Local(name, why, attend_forward=reference.attend_forward, attend_backward=reference.attend_backward, **moves)
 
 
 def _aten_forward(

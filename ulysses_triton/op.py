@@ -1,8 +1,8 @@
 """The autograd ops: one for a whole layer, and two halves around a user's own attention.
 
-`torch.ops.ulysses_triton.attention` takes tensors, numbers and strings only, finds its group by name, and has a fake and
-a backward op, so it traces. `abi` is bumped whenever what is saved or the backward changes: PyTorch's on-disk cache of
-compiled graphs would otherwise replay the backward of an older version of this file.
+`torch.ops.ulysses_triton.attention` takes tensors, numbers and strings only, finds its group by name, and has a fake
+and a backward op, so it traces. `abi` is bumped whenever what is saved or the backward changes: PyTorch's on-disk
+cache of compiled graphs would otherwise replay the backward of an older version of this file.
 
 The raw projection output is passed as `q` with `k` and `v` None; `heads` and `kv_heads` then say how to split it.
 """
@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from . import executor
-from .errors import DeviceError, DtypeError, OptionError, ShapeError, UlyssesError
+from .errors import DeviceError, DtypeError, ShapeError, UlyssesError
 from .executor import Inputs
 from .group import UlyssesGroup, by_name
 from .kernels._views import Transform
@@ -26,6 +26,8 @@ from .placement import place
 from .spec import Problem
 
 ABI = 1
+
+QKV: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 # -- from an op's arguments to a problem
@@ -80,7 +82,7 @@ def describe(
             )
         q, k, v = split_qkv(q, heads, kv_heads)
     _check_shapes(q, k, v)
-    _check_alike(group, {"q": q, "k": k, "v": v}, cos, sin, q_norm, k_norm)
+    _check_alike({"q": q, "k": k, "v": v}, cos, sin, q_norm, k_norm)
     transform = _transform(q, cos, sin, q_norm, k_norm, rope_dim, rope_interleaved, norm_eps)
     all_lens = _all_lens("lens", "q", lens, q.size(1), group)
     own_kv_lens = kv_lens or (lens if k.size(1) == q.size(1) else ())
@@ -128,7 +130,6 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _check_alike(
-    group: UlyssesGroup,
     qkv: dict[str, Tensor],
     cos: Tensor | None,
     sin: Tensor | None,
@@ -145,11 +146,6 @@ def _check_alike(
             raise DtypeError(f"{name} has dtype {tensor.dtype}; it must be a floating-point tensor")
         if tensor.device != q.device:
             raise DeviceError(f"q is on {q.device} and {name} on {tensor.device}; all must be on one device")
-    if q.device.type not in group.devices:
-        raise DeviceError(
-            f"q is on {q.device}, but group {group.name!r} carries tensors on {' and '.join(sorted(group.devices))}: "
-            "move the tensors, or use a process group whose backend carries them"
-        )
 
 
 def _transform(
@@ -297,27 +293,33 @@ def attention_backward(
     gradients = Inputs(*views, None)
     with own.call():
         norms = executor.backward(problem, own, inputs, gradients, rows, out, dout, dlse)
-    norms = [like_weight(grad, weight) for grad, weight in zip(norms, (q_norm, k_norm), strict=True)]
-    return (*grads, *(dout.new_empty(0) if norm is None else norm for norm in norms))
+    return (*grads, *weight_grads(dout, norms, (q_norm, k_norm)))
 
 
 @attention_backward.register_fake
 def _(
-    dout, dlse, out, rows, q, k, v, cos, sin, q_norm, k_norm, group, fused, kv_heads, head_dim, kv_tokens, lens, kv_lens,
-    causal, scale, rope_interleaved, rope_dim, norm_eps, attention, recompute, return_lse, abi,
+    dout, dlse, out, rows, q, k, v, cos, sin, q_norm, k_norm, group, fused, kv_heads, head_dim, kv_tokens, lens,
+    kv_lens, causal, scale, rope_interleaved, rope_dim, norm_eps, attention, recompute, return_lse, abi,
 ):  # fmt: skip
     grads, _ = like_inputs(dout, fused, kv_heads, head_dim, kv_tokens, torch.empty)
-    return (*grads, *(dout.new_empty(0) if weight is None else torch.empty_like(weight) for weight in (q_norm, k_norm)))
+    return (*grads, *weight_grads(dout, (q_norm, k_norm), (q_norm, k_norm)))
 
 
-def like_weight(grad: Tensor | None, weight: Tensor | None) -> Tensor | None:
-    return None if grad is None or weight is None else grad.to(weight.dtype)
+def weight_grads(
+    like: Tensor, grads: Sequence[Tensor | None], weights: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """The gradients of both norm weights as an op returns them: in the weight's dtype, empty where there is none."""
+    q_grad, k_grad = (
+        like.new_empty(0) if grad is None or weight is None else grad.to(weight.dtype, copy=grad is weight)
+        for grad, weight in zip(grads, weights, strict=True)
+    )
+    return q_grad, k_grad
 
 
 def like_inputs(
     like: Tensor, fused: bool, kv_heads: int, head_dim: int, kv_tokens: int, empty: Callable[..., Tensor]
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """New tensors for the gradients of (q, k, v), or of the fused qkv as (qkv, empty, empty), and views of them as q, k, v.
+) -> tuple[QKV, QKV]:
+    """New tensors for the gradients of (q, k, v), or of a fused qkv as (qkv, empty, empty); and q, k, v views of them.
 
     `like` has the output's shape, dtype and device.
     """

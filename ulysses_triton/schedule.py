@@ -6,7 +6,7 @@ exchanges is the same on all ranks.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 
@@ -18,9 +18,9 @@ class Step(NamedTuple):
     after: tuple[str, ...] = ()
 
 
-@lru_cache(maxsize=None)
+@cache
 def forward(one_sided: bool) -> tuple[Step, ...]:
-    """pack, exchange in, attend, exchange out, unpack; a one-sided exchange needs no unpack: attend wrote the result."""
+    """pack, exchange in, attend, exchange out, unpack; one-sided without unpack, as attend wrote the result."""
     steps = (
         Step("pack", "compute"),
         Step("exchange_in", "exchange", ("pack",)),
@@ -30,7 +30,7 @@ def forward(one_sided: bool) -> tuple[Step, ...]:
     return steps if one_sided else (*steps, Step("unpack", "compute", ("exchange_out",)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def backward(recompute: bool) -> tuple[Step, ...]:
     """The mirror of forward; with `recompute` the received rows are exchanged again first."""
     again = (Step("pack", "compute"), Step("exchange_in", "exchange", ("pack",))) if recompute else ()

@@ -28,8 +28,8 @@ def shard_sequence(x: Tensor, group: Groupish = None, dim: int = 1, lens: Sequen
     Args:
         x: any shape; `dim` is the sequence dimension, S tokens.
         group: as for `ulysses_attention`.
-        lens: every rank's length in tokens; None for lengths as equal as they can be, the first `S % P` ranks having one
-            token more. Pass what `shard_lens(S, P)` gives to `ulysses_attention` as `lens=` when P does not divide S.
+        lens: every rank's length in tokens; None for lengths as equal as they can be, the first `S % P` ranks having
+            one token more. When P does not divide S, give `ulysses_attention` the same: `lens=shard_lens(S, P)`.
 
     Returns a contiguous tensor with this rank's length at `dim`. Its gradient is zero outside the shard: the sum over
     the ranks is the gradient of x. Raises ShapeError when `lens` does not add up to S.
@@ -156,16 +156,16 @@ def token_mean(
     total_tokens: Tensor | int | None = None,
     reduce: str = "mean",
 ) -> Tensor:
-    """The mean loss per token over all ranks, whose gradient is right after gradients are averaged (or summed) over them.
+    """The mean loss per token over all ranks; its gradient is right once gradients are averaged (or summed) over them.
 
     The mean of every rank's mean is wrong when ranks count different numbers of tokens; this weights every token alike.
 
     Args:
         loss_sum: 0-dim: the sum of this rank's token losses.
         token_count: how many tokens this rank counted.
-        group: the group gradients are averaged over (data x sequence ranks), not the attention group: a ProcessGroup, a
-            1-D DeviceMesh, or None for the default group.
-        total_tokens: tokens over all ranks and all accumulation steps (`count_tokens`, summed); None counts this step's.
+        group: the group gradients are averaged over (data x sequence ranks), not the attention group: a ProcessGroup,
+            a 1-D DeviceMesh, or None for the default group.
+        total_tokens: tokens over all ranks and all accumulation steps (`count_tokens`, summed); None: this step's.
             With accumulation the values of the steps add up to the mean.
         reduce: "mean" when gradients are averaged over the ranks (DDP, FSDP), "sum" when they are summed.
 
@@ -175,7 +175,9 @@ def token_mean(
     if reduce not in ("mean", "sum"):
         raise OptionError(f'reduce = {reduce!r}; it must be "mean" or "sum"')
     if loss_sum.dim() != 0:
-        raise ShapeError(f"loss_sum has shape {list(loss_sum.shape)}; it must be the sum over this rank's tokens, 0-dim")
+        raise ShapeError(
+            f"loss_sum has shape {list(loss_sum.shape)}; it must be the sum over this rank's tokens, 0-dim"
+        )
     found = process_group(group.process_group if isinstance(group, UlyssesGroup) else group)
     numbers = torch.stack([loss_sum.detach().double(), torch.as_tensor(token_count).to(loss_sum.device).double()])
     ranks = 1

@@ -20,11 +20,13 @@ from ..placement import Message
 class Hop(Protocol):
     """One all-to-all under way. Tensors are flat."""
 
-    blocks: Sequence[Sequence[Tensor]]
-    """Per message, per destination rank: where that rank's block is written, `message.send[rank]` elements."""
+    @property
+    def blocks(self) -> Sequence[Sequence[Tensor]]:
+        """Per message, per destination rank: where that rank's block is written, `message.send[rank]` elements."""
 
-    peers: Sequence[Sequence[Tensor]] | None
-    """One-sided only: per message, per rank: that rank's whole receive buffer."""
+    @property
+    def peers(self) -> Sequence[Sequence[Tensor]] | None:
+        """One-sided only: per message, per rank: that rank's whole receive buffer."""
 
     def start(self) -> None:
         """All blocks are written: let them travel, or tell the peers."""

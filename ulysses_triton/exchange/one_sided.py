@@ -65,7 +65,9 @@ class OneSidedExchange:
         self.transport = transport
         self.epoch = 0
 
-    def open(self, messages: Sequence[Message], receive: Sequence[Tensor], send: Sequence[Tensor | None]) -> OneSidedHop:
+    def open(
+        self, messages: Sequence[Message], receive: Sequence[Tensor], send: Sequence[Tensor | None]
+    ) -> OneSidedHop:
         return OneSidedHop(self, messages, receive)
 
     def close(self) -> None:

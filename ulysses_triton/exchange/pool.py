@@ -71,7 +71,7 @@ class Pool:
 
 def _filled(tensor: Tensor) -> Tensor:
     """Under PyTorch's deterministic mode uninitialised memory is filled; all bits set are NaN in every float dtype."""
-    if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
+    if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
         tensor.view(-1).view(torch.uint8).fill_(255)
     return tensor
 

@@ -1,7 +1,7 @@
 """The exchange that any process group can carry, and control messages over gloo.
 
-`torch.distributed.all_to_all_single`, one per message, on the group that was given; the control messages travel on a
-small gloo group of their own over the same ranks, so that they never wait behind data and carry a deadline of their own.
+`torch.distributed.all_to_all_single`, one per message, on the group that was given. The control messages have gloo
+connections of their own over the same ranks, so that they never wait behind data and carry their own deadline.
 """
 
 from __future__ import annotations
@@ -76,26 +76,30 @@ class TorchExchange:
 
 
 class GlooControl:
-    """Control messages of the ranks of `group` over a gloo group made for them (every rank of `group` makes one)."""
+    """Control messages of the ranks of `group` over a gloo backend of their own (every rank of `group` makes one).
+
+    The backend is made directly, not by `new_group`: the name that `new_group` gives depends on how many groups each
+    rank happens to be in, so ranks can miss each other, and a group made again can meet the old one's addresses.
+    """
 
     def __init__(self, group: dist.ProcessGroup, timeout: timedelta) -> None:
         self.rank = group.rank()
         self.size = group.size()
-        self._group = dist.new_group(
-            dist.get_process_group_ranks(group), timeout=timeout, backend="gloo", use_local_synchronization=True
-        )
-        self._store = dist.PrefixStore(f"ulysses_triton/{self._group.group_name}", dist.distributed_c10d._get_default_store())
+        store = dist.PrefixStore(f"ulysses_triton/{group.group_name}", dist.distributed_c10d._get_default_store())
+        generation = store.add(f"made by {self.rank}", 1)  # the same on every rank, as making one is collective
+        self._store = dist.PrefixStore(str(generation), store)
+        self._gloo: dist.ProcessGroupGloo | None = dist.ProcessGroupGloo(self._store, self.rank, self.size, timeout)
 
     def gather(self, payload: bytes) -> list[bytes]:
         mine = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-        every = torch.empty(self.size * len(payload), dtype=torch.uint8)
-        dist.all_gather_into_tensor(every, mine, group=self._group)
-        data = every.numpy().tobytes()
-        return [data[i : i + len(payload)] for i in range(0, len(data), len(payload))]
+        every = [torch.empty_like(mine) for _ in range(self.size)]
+        assert self._gloo is not None, "closed"
+        self._gloo.allgather([every], [mine]).wait()  # type: ignore[attr-defined]
+        return [part.numpy().tobytes() for part in every]
 
     def tell(self, text: str) -> None:
         with suppress(RuntimeError):  # the store's host may be gone with the rank that died
-            self._store.set(str(self.rank), text)
+            self._store.set(f"word of {self.rank}", text)
 
     def hear(self, seconds: float) -> dict[int, str]:
         words: dict[int, str] = {}
@@ -103,13 +107,12 @@ class GlooControl:
         with suppress(RuntimeError):
             while True:
                 for rank in set(range(self.size)) - set(words):
-                    if self._store.check([str(rank)]):
-                        words[rank] = self._store.get(str(rank)).decode()
+                    if self._store.check([f"word of {rank}"]):
+                        words[rank] = self._store.get(f"word of {rank}").decode()
                 if len(words) == self.size or time.monotonic() >= deadline:
                     break
                 time.sleep(0.02)
         return words
 
     def close(self) -> None:
-        with suppress(RuntimeError, ValueError, AssertionError):  # destroyed already together with the default group
-            dist.destroy_process_group(self._group)
+        self._gloo = None  # the connections close with it

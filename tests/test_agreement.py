@@ -1,0 +1,266 @@
+"""Wrong input of every kind, on all ranks or on one: the right error on every rank, and the group works afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ulysses_triton import (
+    DeviceError,
+    DtypeError,
+    OptionError,
+    ShapeError,
+    UlyssesGroup,
+    gather_sequence,
+    run_virtual,
+    ulysses_attention,
+    ulysses_qkv_attention,
+)
+
+RANKS = 3
+
+
+def good() -> dict:
+    q, k, v = (torch.randn(2, 4, heads, 16) for heads in (6, 3, 3))
+    return {"q": q, "k": k, "v": v, "causal": True, "attention": "reference"}
+
+
+# What is changed in a good call, the error of every rank, and what its message names.
+WRONG: dict[str, tuple] = {
+    "integer q": ({"q": torch.ones(2, 4, 6, 16, dtype=torch.int64)}, DtypeError, "int64|float32"),
+    "integers": ({n: torch.ones(2, 4, 6, 16, dtype=torch.int32) for n in "qkv"}, DtypeError, "int32"),
+    "bool": ({n: torch.ones(2, 4, 6, 16, dtype=torch.bool) for n in "qkv"}, DtypeError, "bool"),
+    "complex": ({n: torch.ones(2, 4, 6, 16, dtype=torch.complex64) for n in "qkv"}, DtypeError, "complex64"),
+    "fp8": ({n: torch.ones(2, 4, 6, 16).to(torch.float8_e4m3fn) for n in "qkv"}, DtypeError, "float8"),
+    "k of another dtype": ({"k": torch.randn(2, 4, 3, 16).bfloat16()}, DtypeError, "bfloat16"),
+    "no tensor": ({"q": [[1.0]]}, DtypeError, "q is a list"),
+    "None": ({"v": None}, DtypeError, "v is a NoneType"),
+    "q of 3 dims": ({"q": torch.randn(2, 4, 96)}, ShapeError, r"q has shape \[2, 4, 96\]"),
+    "k of 3 dims": ({"k": torch.randn(2, 4, 48)}, ShapeError, r"k has shape \[2, 4, 48\]"),
+    "batch": ({"k": torch.randn(1, 4, 3, 16)}, ShapeError, "batch size"),
+    "k and v tokens": ({"v": torch.randn(2, 5, 3, 16)}, ShapeError, "k and v differ"),
+    "head dims": ({"k": torch.randn(2, 4, 3, 24)}, ShapeError, "head dim"),
+    "odd head dim": ({n: torch.randn(2, 4, 6, 12) for n in "qkv"}, ShapeError, "multiple of 8"),
+    "huge head dim": ({n: torch.randn(2, 4, 6, 512) for n in "qkv"}, ShapeError, "256"),
+    "heads and kv heads": ({n: torch.randn(2, 4, 4, 16) for n in "kv"}, ShapeError, "multiple"),
+    "heads and ranks": ({n: torch.randn(2, 4, 4, 16) for n in "qkv"}, ShapeError, "1, 2, 4 ranks"),
+    "lens too short": ({"lens": [4, 4]}, ShapeError, "2 entries"),
+    "lens of others": ({"lens": [5, 5, 5]}, ShapeError, r"lens\[\d\] is 5, but q has 4 tokens"),
+    "kv_lens missing": (
+        {"k": torch.randn(2, 7, 3, 16), "v": torch.randn(2, 7, 3, 16), "lens": [4, 4, 4]},
+        ShapeError,
+        "kv_lens",
+    ),
+    "kv_lens wrong": ({"kv_lens": [9, 9, 9]}, ShapeError, "kv_lens"),
+    "attention name": ({"attention": "flash"}, OptionError, "flash"),
+    "attention object": ({"attention": 3}, OptionError, "int"),
+    "recompute": ({"recompute": "attention"}, OptionError, "recompute"),
+    "aten with Dv != D": ({"v": torch.randn(2, 4, 3, 8), "attention": "aten"}, OptionError, "head dim 16 and v has 8"),
+    "callable with LSE": ({"attention": torch.nn.Identity(), "return_lse": True}, OptionError, "return_lse"),
+    "scale": ({"scale": float("inf")}, OptionError, "scale"),
+    "meta device": ({n: torch.empty(2, 4, 6, 16, device="meta") for n in "qkv"}, DeviceError, "meta"),
+    "two devices": ({"k": torch.empty(2, 4, 3, 16, device="meta")}, DeviceError, "meta"),
+}
+
+# A call that is good in itself, made by rank 1 alone: what every rank's ShapeError says.
+DIFFERENT: dict[str, tuple] = {
+    "causal": ({"causal": False}, "causal: rank 1 has False, ranks 0, 2 have True"),
+    "dtype": ({n: t.bfloat16() for n, t in good().items() if n in "qkv"}, "dtype: rank 1 has bfloat16"),
+    "tokens": ({n: torch.randn(2, 5, h, 16) for n, h in (("q", 6), ("k", 3), ("v", 3))}, "lens: rank 1 has 5 x 3"),
+    "heads": ({n: torch.randn(2, 4, 12, 16) for n in "qkv"}, "heads: rank 1 has 12, ranks 0, 2 have 6"),
+    "batch": ({n: torch.randn(1, 4, h, 16) for n, h in (("q", 6), ("k", 3), ("v", 3))}, "batch: rank 1 has 1"),
+    "scale": ({"scale": 0.5}, "scale: rank 1 has 0.5"),
+    "lse": ({"return_lse": True}, "return_lse: rank 1 has True"),
+    "recompute": ({"recompute": "exchange"}, "recompute: rank 1 has True"),
+    "requires_grad": ({"q": torch.randn(2, 4, 6, 16, requires_grad=True)}, "grad: rank 1 has True"),
+    "attention": ({"attention": "aten"}, "attention: rank 1 has aten, ranks 0, 2 have reference"),
+    "keys of another length": ({n: torch.randn(2, 7, 3, 16) for n in "kv"}, "kv_lens: rank 1 has 7 x 3"),
+}
+
+
+def call(group, changes):
+    arguments = good() | changes
+    q, k, v = (arguments.pop(n) for n in "qkv")
+    return ulysses_attention(q, k, v, group, **arguments)
+
+
+def error_then_good_call(rank, group, changes, bad_ranks):
+    """What the rank raises, after which the same group must still do its work."""
+    try:
+        call(group, changes if rank in bad_ranks else {})
+    except Exception as error:
+        found = type(error).__name__, str(error)
+    else:
+        found = "nothing", ""
+    torch.manual_seed(0)
+    return found, call(group, {})
+
+
+def on_process(ctx, changes, bad_ranks):
+    return error_then_good_call(ctx.rank, ctx.group, changes, bad_ranks)
+
+
+def hold(answers, error, match, bad_ranks):
+    import re
+
+    for rank, ((kind, message), _) in enumerate(answers):
+        assert kind == error.__name__, f"rank {rank} raised {kind}: {message}"
+        assert re.search(match, message), message
+        if rank not in bad_ranks:
+            assert "rank 1 refused this call" in message
+    assert all(torch.isfinite(again).all() for _, again in answers)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_on_every_rank(name):
+    changes, error, match = WRONG[name]
+    answers = run_virtual(
+        RANKS, lambda group: error_then_good_call(group.rank, group, changes, range(RANKS)), timeout=10
+    )
+    hold(answers, error, match, range(RANKS))
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_on_one_rank(name):
+    changes, error, match = WRONG[name]
+    answers = run_virtual(RANKS, lambda group: error_then_good_call(group.rank, group, changes, [1]), timeout=10)
+    hold(answers, error, match, [1])
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_calls_that_differ(name):
+    changes, match = DIFFERENT[name]
+    answers = run_virtual(RANKS, lambda group: error_then_good_call(group.rank, group, changes, [1]), timeout=10)
+    for (kind, message), again in answers:
+        assert kind == "ShapeError" and match in message, message
+        assert torch.isfinite(again).all()
+
+
+def all_kinds_on_a_process(ctx):
+    """Every kind one after the other on one group, as one rank of a real process group."""
+    found = {}
+    for name, (changes, _, _) in WRONG.items():
+        found[f"every rank: {name}"] = error_then_good_call(ctx.rank, ctx.group, changes, range(RANKS))
+        found[f"one rank: {name}"] = error_then_good_call(ctx.rank, ctx.group, changes, [1])
+    for name, (changes, _) in DIFFERENT.items():
+        found[f"different: {name}"] = error_then_good_call(ctx.rank, ctx.group, changes, [1])
+    return found
+
+
+def test_every_kind_on_processes(pool):
+    answers = pool.run(RANKS, all_kinds_on_a_process)
+    for name, (_, error, match) in WRONG.items():
+        hold([a[f"every rank: {name}"] for a in answers], error, match, range(RANKS))
+        hold([a[f"one rank: {name}"] for a in answers], error, match, [1])
+    for name, (_, match) in DIFFERENT.items():
+        for answer in answers:
+            (kind, message), again = answer[f"different: {name}"]
+            assert kind == "ShapeError" and match in message, message
+            assert torch.isfinite(again).all()
+
+
+def skip_a_call(rank, group):
+    """Rank 1 leaves a layer out: its next call meets the others' first."""
+    try:
+        if rank != 1:
+            call(group, {})
+        call(group, {"causal": False})
+    except ShapeError as error:
+        return str(error), call(group, {})
+    return "nothing", None
+
+
+def test_a_call_that_one_rank_leaves_out():
+    for message, again in run_virtual(RANKS, lambda group: skip_a_call(group.rank, group), timeout=10):
+        assert "causal: rank 1 has False, ranks 0, 2 have True" in message
+        assert torch.isfinite(again).all()
+
+
+def forward_on_one_backward_on_the_others(rank, group):
+    leaf = torch.randn(2, 4, 6, 16, requires_grad=True)
+    out = call(group, {"q": leaf})
+    try:
+        call(group, {"q": leaf}) if rank == 1 else out.sum().backward()
+    except ShapeError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_backward_against_forward():
+    for message in run_virtual(RANKS, lambda g: forward_on_one_backward_on_the_others(g.rank, g), timeout=10):
+        assert "call: rank 1 has attention, ranks 0, 2 have attention backward" in message
+
+
+def always(ctx):
+    with UlyssesGroup(ctx.group, check="always") as group:
+        fine = call(group, {})
+        before = group.counts["control"]
+        try:
+            call(group, {"causal": ctx.rank == 1})
+        except ShapeError as error:
+            return torch.isfinite(fine).all().item(), str(error), group.counts["control"] - before
+    return None
+
+
+def test_check_always_sends_the_signature_in_one_message(pool):
+    for fine, message, control in pool.run(RANKS, always):
+        assert fine and "causal: rank 1 has True, ranks 0, 2 have False" in message and control == 1
+
+
+QKV_WRONG: dict[str, tuple] = {
+    "channels": ({"heads": 5}, ShapeError, "do not divide"),
+    "no heads": ({"heads": 0}, ShapeError, "heads"),
+    "4 dims": ({"qkv": torch.randn(1, 4, 8, 16)}, ShapeError, "qkv has shape"),
+    "norm shape": ({"q_norm": torch.ones(8)}, ShapeError, "q_norm has shape"),
+    "integer norm": ({"k_norm": torch.ones(16, dtype=torch.int64)}, DtypeError, "k_norm has dtype"),
+    "rope tokens": ({"rope": (torch.ones(12, 8), torch.ones(12, 8))}, ShapeError, "this rank's own L = 4"),
+    "rope widths": ({"rope": (torch.ones(4, 8), torch.ones(4, 4))}, ShapeError, "one shape"),
+    "rope too wide": ({"rope": (torch.ones(4, 32), torch.ones(4, 32))}, ShapeError, "columns"),
+    "rope batch": ({"rope": (torch.ones(3, 4, 8), torch.ones(3, 4, 8))}, ShapeError, "leading 3"),
+    "rope_dim": ({"rope": (torch.ones(4, 8), torch.ones(4, 8)), "rope_dim": 12}, ShapeError, "rope_dim"),
+    "rope of a list": ({"rope": ([1.0], [1.0])}, DtypeError, "rope cos is a list"),
+}
+
+
+@pytest.mark.parametrize("bad_ranks", [(0, 1), (1,)], ids=["every rank", "one rank"])
+@pytest.mark.parametrize("name", QKV_WRONG)
+def test_wrong_fused_calls(name, bad_ranks):
+    changes, error, match = QKV_WRONG[name]
+
+    def work(group):
+        arguments = {"qkv": torch.randn(1, 4, 8 * 16), "heads": 4, "kv_heads": 2}
+        arguments |= changes if group.rank in bad_ranks else {}
+        with pytest.raises(error, match=match):
+            ulysses_qkv_attention(arguments.pop("qkv"), group, **arguments)
+
+    run_virtual(2, work, timeout=10)
+
+
+def test_a_callable_that_fails_or_returns_the_wrong_thing_on_one_rank():
+    def wrong(q, k, v, **_):
+        return q[..., :8]
+
+    def failing(q, k, v, **_):
+        raise ZeroDivisionError("in the user's code")
+
+    def fine(q, k, v, **_):
+        return q
+
+    def work(group, bad, own_error, other_error):
+        q = torch.randn(1, 4, 2, 16)
+        with pytest.raises(own_error if group.rank == 1 else other_error):
+            ulysses_attention(q, q, q, group, attention=bad if group.rank == 1 else fine)
+        assert ulysses_attention(q, q, q, group, attention=fine).shape == q.shape
+
+    run_virtual(2, lambda group: work(group, wrong, ShapeError, ShapeError), timeout=10)
+    run_virtual(2, lambda group: work(group, failing, ZeroDivisionError, OptionError), timeout=10)
+
+
+def test_gather_sequence_with_shapes_that_differ():
+    def work(group):
+        with pytest.raises(ShapeError, match="shape of a token: rank 1 has"):
+            gather_sequence(torch.ones(1, 4, 3 + (group.rank == 1)), group)
+        with pytest.raises(ShapeError, match="does not fit rank|refused"):
+            gather_sequence(torch.ones(1, 4, 3), group, lens=[4, 3, 4] if group.rank == 1 else [4, 4, 4])
+
+    run_virtual(RANKS, work, timeout=10)
