@@ -1,8 +1,9 @@
 """Which tiles a kernel is launched with, and the launch itself.
 
 Tiles come from a table per architecture, `autotune_cache/<architecture>.json`: a list per kernel, of which the first
-entry whose `head_dim` is not below the asked one and whose `bytes` (per element) match is taken. The choice follows from the machine and the
-problem's head dims alone, never from the number of ranks and never from a timing, so results do not depend on it.
+entry whose `head_dim` is not below the asked one and whose `bytes` (per element) match is taken. The choice follows
+from the machine and the problem's head dims alone, never from the number of ranks and never from a timing, so results
+do not depend on those.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,7 +67,7 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _table(name: str) -> dict[str, list[dict[str, int]]]:
     """The table of an architecture; an NVIDIA or AMD GPU without one of its own uses the nearest older one."""
     path = _TABLES / f"{name}.json"

@@ -159,6 +159,17 @@ def test_every_kind_on_processes(pool):
             assert torch.isfinite(again).all()
 
 
+def test_a_cpu_tensor_on_a_group_that_carries_cuda_tensors():
+    """Stands for a group over NCCL, which needs GPUs to be made; the check asks what the group's backends carry."""
+
+    def work(group):
+        group.devices = frozenset({"cuda"})
+        with pytest.raises(DeviceError, match="q is on cpu.*carries tensors on cuda"):
+            call(group, {})
+
+    run_virtual(2, work, timeout=10)
+
+
 def skip_a_call(rank, group):
     """Rank 1 leaves a layer out: its next call meets the others' first."""
     try:

@@ -18,7 +18,6 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "kernels": (
         "kernels._config",
         "kernels._mask",
-        "kernels._reference_move",
         "kernels._rope_norm",
         "kernels._rows",
         "kernels._table",

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ulysses_triton.kernels import _config
-from ulysses_triton.kernels import _reference_move as twins
 from ulysses_triton.kernels import pack as pack_file
+from ulysses_triton.kernels import reference as twins
 from ulysses_triton.kernels import unpack as unpack_file
 from ulysses_triton.kernels._views import ORows, QKVRows, Transform
 

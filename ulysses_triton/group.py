@@ -263,8 +263,8 @@ def process_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessG
         return group.get_group()
     if not isinstance(group, dist.ProcessGroup):
         raise GroupError(
-            f"group is a {type(group).__name__}; pass a ProcessGroup, a 1-D DeviceMesh, a UlyssesGroup or None (an int is "
-            "what new_group gives to ranks outside the group: those make no call)"
+            f"group is a {type(group).__name__}; pass a ProcessGroup, a 1-D DeviceMesh, a UlyssesGroup or None (an int "
+            "is what new_group gives to ranks outside the group: those make no call)"
         )
     return group
 

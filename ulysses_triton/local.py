@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import OptionError
-from .kernels import _reference_move, reference
+from .kernels import reference
 from .kernels._config import INTERPRET
 from .kernels._views import HeadMap, Span
 from .kernels.attend_backward import attend_backward
@@ -83,7 +83,7 @@ def _local(name: str, why: str, *, triton: bool = False) -> Local:
     moves: dict[str, Any] = (
         {"pack": pack, "pack_grad": pack_grad, "unpack": unpack, "unpack_grad": unpack_grad}
         if triton
-        else {key: getattr(_reference_move, key) for key in ("pack", "pack_grad", "unpack", "unpack_grad")}
+        else {key: getattr(reference, key) for key in ("pack", "pack_grad", "unpack", "unpack_grad")}
     )
     if triton:
         return Local(name, why, attend_forward=attend_forward, attend_backward=attend_backward, **moves)

@@ -184,7 +184,8 @@ def token_mean(
     if found is not None:
         dist.all_reduce(numbers, group=found)
         ranks = found.size()
-    total = (numbers[1] if total_tokens is None else torch.as_tensor(total_tokens, device=loss_sum.device)).clamp(min=1)
+    given = numbers[1] if total_tokens is None else torch.as_tensor(total_tokens).to(loss_sum.device).double()
+    total = given.clamp(min=1)
     weight = (ranks if reduce == "mean" else 1) / total
     return _WithGradient.apply(loss_sum, numbers[0] / total, weight)
 

@@ -1,7 +1,15 @@
-"""pack, pack_grad, unpack and unpack_grad in plain PyTorch: the twins of the kernels, and what runs on a CPU.
+"""Plain-torch twins of the kernels, with the same names and signatures: what they are tested against, and the CPU path.
 
-Without a transform each byte is moved once, by one strided copy per rank. With one, the work goes through blocks of
-tokens whose temporaries stay in cache. Arithmetic is in fp32 (fp64 for fp64) with one rounding at the end.
+Arithmetic is in fp32 (fp64 for fp64 tensors) with one rounding at the end.
+
+Attention goes through blocks of BLOCK queries per batch and head, so that memory is linear in the sequence. Every
+head's k and v, and every block of q, is first brought to a fresh contiguous temporary: a result does not depend on
+strides, alignment or the number of heads beside it, bit for bit. Worked example: S = Sk = 600, causal. The blocks are
+the queries 0..255, 256..511 and 512..599; they compute the keys 0..255, 0..511 and 0..599, and only the square at the
+end of each is masked.
+
+pack and unpack move each byte once where there is no transform, by one strided copy per rank. With one, the work goes
+through blocks of tokens whose temporaries stay in cache.
 """
 
 from __future__ import annotations
@@ -13,9 +21,112 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ._views import ORows, QKVRows, Transform
+from ._views import HeadMap, ORows, QKVRows, Span, Transform
 
+BLOCK = 256  # queries computed at once
 _BLOCK_ELEMENTS = 1 << 18  # 1 MB in fp32: smaller blocks pay more per call, larger ones leave the cache
+
+
+# -- attention
+
+
+def attend_forward(
+    q: Tensor, k: Tensor, v: Tensor, out: Sequence[Span], lse: Tensor | None,
+    *, scale: float, causal: bool, heads: HeadMap,
+) -> None:  # fmt: skip
+    """Twin of `attend_forward.attend_forward`; fp64 is allowed too, with an LSE of fp64 then."""
+    S, B, hq, _ = q.shape
+    dtype = _math_dtype(q)
+    for b in range(B):
+        for j, group in _kv_heads(k, hq, heads):
+            k_j, v_j = _fresh(k[:, b, j], dtype), _fresh(v[:, b, j], dtype)  # [Sk, D], [Sk, Dv]
+            for h in group:
+                for start, stop, n_keys in _query_blocks(S, len(k), causal):
+                    q_i = _fresh(q[start:stop, b, h], dtype)  # [rows, D]
+                    s = _scores(q_i, k_j[:n_keys], start, scale, causal)  # [rows, n_keys]
+                    if n_keys:
+                        m = s.amax(1, keepdim=True).nan_to_num(neginf=0.0, nan=torch.nan, posinf=torch.inf)  # [rows, 1]
+                    else:
+                        m = s.new_zeros(len(s), 1)
+                    p = s.sub_(m).exp_()
+                    total = p.sum(1, keepdim=True)  # [rows, 1]
+                    o = (p @ v_j[:n_keys]) / torch.where(total == 0, 1, total)  # [rows, Dv]
+                    stat = (total.log() + m)[:, 0]  # [rows]
+                    _store(out, 0, b, h, start, o)
+                    _store(out, 1, b, h, start, stat)
+                    if lse is not None:
+                        lse[h, b, start:stop] = stat
+
+
+def attend_backward(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, dq: Sequence[Span], dkv: Sequence[Span],
+    *, scale: float, causal: bool, heads: HeadMap,
+) -> None:  # fmt: skip
+    """Twin of `attend_backward.attend_backward`; fp64 is allowed too, with LSE and delta of fp64 then."""
+    S, B, hq, _ = q.shape
+    dtype = _math_dtype(q)
+    for b in range(B):
+        for j, group in _kv_heads(k, hq, heads):
+            k_j, v_j = _fresh(k[:, b, j], dtype), _fresh(v[:, b, j], dtype)  # [Sk, D], [Sk, Dv]
+            dk, dv = torch.zeros_like(k_j), torch.zeros_like(v_j)
+            for h in group:
+                for start, stop, n_keys in _query_blocks(S, len(k), causal):
+                    q_i, do_i = _fresh(q[start:stop, b, h], dtype), _fresh(do[start:stop, b, h], dtype)
+                    lse_i = _fresh(lse[h, b, start:stop], dtype)  # [rows]
+                    lse_i = torch.where(lse_i == -torch.inf, torch.inf, lse_i)  # a row without keys: P = 0
+                    p = _scores(q_i, k_j[:n_keys], start, scale, causal).sub_(lse_i[:, None]).exp_()  # [rows, n_keys]
+                    dv[:n_keys].addmm_(p.mT, do_i)
+                    ds = (do_i @ v_j[:n_keys].mT).sub_(_fresh(delta[start:stop, b, h], dtype)[:, None]).mul_(p)
+                    dk[:n_keys].addmm_(ds.mT, q_i)
+                    _store(dq, 0, b, h, start, (ds @ k_j[:n_keys]).mul_(scale))
+            _store(dkv, 0, b, j, 0, dk.mul_(scale))
+            _store(dkv, 1, b, j, 0, dv)
+
+
+def _math_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _fresh(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
+
+
+def _kv_heads(k: Tensor, hq: int, heads: HeadMap) -> Iterator[tuple[int, range]]:
+    """Every local kv head with the local query heads that attend to it."""
+    for j in range(k.shape[2]):
+        first = j * heads.group - heads.offset
+        yield j, range(max(0, first), min(hq, first + heads.group))
+
+
+def _query_blocks(S: int, Sk: int, causal: bool) -> Iterator[tuple[int, int, int]]:
+    """First query, one past the last, and how many keys they look at."""
+    for start in range(0, S, BLOCK):
+        stop = min(start + BLOCK, S)
+        yield start, stop, min(stop, Sk) if causal else Sk
+
+
+def _scores(q: Tensor, k: Tensor, start: int, scale: float, causal: bool) -> Tensor:
+    """Scaled scores `[rows, n_keys]` of the queries from `start` on with all of `k`, -inf where not attended."""
+    s = (q @ k.mT).mul_(scale)
+    if causal and len(k) > start:
+        corner = s[:, start:]  # the keys before it are attended by the whole block
+        corner.masked_fill_(torch.ones_like(corner, dtype=torch.bool).triu_(1), -torch.inf)
+    return s
+
+
+def _store(spans: Sequence[Span], view: int, b: int, h: int, start: int, rows: Tensor) -> None:
+    """Write `rows` of the tokens from `start` on to the spans they lie in."""
+    stop = start + len(rows)
+    for span in spans:
+        target = span.views[view] if view < len(span.views) else None
+        if target is None:
+            continue
+        first, last = max(start, span.start), min(stop, span.start + len(target))
+        if first < last:
+            target[first - span.start : last - span.start, b, h].copy_(rows[first - start : last - start])
+
+
+# -- layout
 
 
 def pack(q: Tensor, k: Tensor, v: Tensor, to: Sequence[QKVRows], transform: Transform | None = None) -> None:
@@ -33,8 +144,8 @@ def pack_grad(do: Tensor, o: Tensor | None, dlse: Tensor | None, to: Sequence[OR
     if all(rows.stat is None for rows in to):
         return
     assert o is not None, "delta needs o"
-    dtype = _inner(do)
-    for block in _blocks(do):
+    dtype = _math_dtype(do)
+    for block in _token_blocks(do):
         delta = (do[:, block].to(dtype) * o[:, block].to(dtype)).sum(-1)  # [B, T, Hq]
         if dlse is not None:
             delta -= dlse[:, block]
@@ -71,9 +182,9 @@ def _pack_heads(x: Tensor, to: Sequence[tuple[int, Tensor]], tf: Transform, weig
         for head, view in to:
             view.copy_(_heads(x, head, view))
         return
-    dtype = _inner(x)
+    dtype = _math_dtype(x)
     w = None if weight is None else weight.to(dtype)
-    for block in _blocks(x):
+    for block in _token_blocks(x):
         y = b_x = x[:, block].to(dtype)  # [B, T, H, D]
         if tf.cos is not None:
             y = _rotate(b_x, *_rotation(tf, block, x.shape[-1], dtype, w), tf)
@@ -89,14 +200,14 @@ def _unpack_heads(
     rows: Sequence[tuple[int, Tensor]], x: Tensor | None, dx: Tensor, tf: Transform, weight: Tensor | None
 ) -> Tensor | None:
     """The gradients in views [L, B, h, D] into `dx` [B, L, H, D]; returns the gradient of the norm's weight."""
-    dtype = _inner(dx)
+    dtype = _math_dtype(dx)
     heads = [first + i for first, view in rows for i in range(view.shape[2])]
     shared = len(heads) > len(set(heads))
     if tf.cos is None and weight is None and (dx.dtype == dtype or not shared):
         _sum_heads(rows, dx)
         return None
     dw = None if weight is None else dx.new_zeros(dx.shape[-1], dtype=dtype)
-    for block in _blocks(dx):
+    for block in _token_blocks(dx):
         b_dx = dx[:, block]
         g = torch.empty_like(b_dx, dtype=dtype, memory_format=torch.contiguous_format)  # [B, T, H, D]
         _sum_heads([(head, view[block]) for head, view in rows], g)
@@ -147,17 +258,12 @@ def _heads(x: Tensor, first: int, view: Tensor) -> Tensor:
     return x[:, :, first : first + view.shape[2]].transpose(0, 1)
 
 
-def _blocks(x: Tensor) -> Iterator[slice]:
+def _token_blocks(x: Tensor) -> Iterator[slice]:
     """Token ranges of `x` [B, L, H, D] whose elements fit a block."""
     B, L, H, D = x.shape
     step = max(1, _BLOCK_ELEMENTS // max(1, B * H * D))
     for start in range(0, L, step):
         yield slice(start, min(start + step, L))
-
-
-def _inner(x: Tensor) -> torch.dtype:
-    """The dtype of the arithmetic."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _rms_scale(x: Tensor, eps: float) -> Tensor:

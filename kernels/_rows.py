@@ -1,0 +1,175 @@
+"""Tiles from rows and back: strided loads, and stores that go to whichever span of tokens a tile lies in.
+
+Every view is `[tokens, B, heads, dim]` with a dense last dimension. Strides arrive divided by UNIT, which is 8 when all
+of them are multiples of 8 elements and all pointers of 16 bytes, so that the compiler sees the factor 8 (16-byte
+vectors) whatever the values are; otherwise UNIT is 1 and accesses are narrow but right.
+
+Results go to `spans`, which cover the tokens in order: one span is one buffer, P spans are the buffers of P peers. The
+kernels get them as an int64 table with the columns
+
+    pointer 0, batch stride 0, pointer 1, batch stride 1, start, stop
+
+of two views that are indexed alike (O and LSE; dk and dv; dq alone). Token and head strides are equal in all spans.
+
+Worked example: 2 spans, tokens 0..99 and 100..199, BLOCK_M = 64. The tile at 64 lies in both: it stores its rows 0..35
+with mask through the first pointer and its rows 36..63 through the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._views import Span
+
+L2_BYTES = 24 << 20  # what the rows of one section of heads may take: about half of the L2 of recent GPUs
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def load_rows(
+    ptr, o_row, n_rows, stride, UNIT: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Rows `o_row` of the view at `ptr` as `[rows, BLOCK]`; zero past `n_rows` (asked only if MASKED) and past D."""
+    o_d = tl.arange(0, BLOCK)
+    ptrs = ptr + o_row.to(tl.int64)[:, None] * stride * UNIT + o_d[None, :]  # [rows, BLOCK]
+    if MASKED and D != BLOCK:
+        return tl.load(ptrs, mask=(o_row < n_rows)[:, None] & (o_d < D)[None, :], other=0.0)
+    elif MASKED:
+        return tl.load(ptrs, mask=(o_row < n_rows)[:, None], other=0.0)
+    elif D != BLOCK:
+        return tl.load(ptrs, mask=(o_d < D)[None, :], other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def span_range(table_ptr, n_spans, i_begin, i_end):
+    """First and one past the last span that holds any of the tokens `i_begin .. i_end - 1`."""
+    first = 0
+    last = 0
+    for i in range(0, n_spans, 32):
+        o_span = i + tl.arange(0, 32)
+        start = tl.load(table_ptr + o_span * 6 + 4, mask=o_span < n_spans, other=2**62)  # [32]
+        stop = tl.load(table_ptr + o_span * 6 + 5, mask=o_span < n_spans, other=2**62)  # [32]
+        first += tl.sum((stop <= i_begin).to(tl.int32))
+        last += tl.sum((start < i_end).to(tl.int32))
+    return first, last
+
+
+@triton.jit
+def span_rows(table_ptr, i_span, o_row):
+    """The places of `o_row` in a span, and which of them lie in it."""
+    start = tl.load(table_ptr + i_span * 6 + 4)
+    stop = tl.load(table_ptr + i_span * 6 + 5)
+    return o_row - start, (o_row >= start) & (o_row < stop)
+
+
+@triton.jit
+def store_rows(
+    table_ptr, i_span, i_b, i_h, o_row, tile, stride_n, stride_h,
+    VIEW: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Store the rows of `tile [rows, BLOCK]` that lie in the span into its view number VIEW."""
+    ptr = tl.load(table_ptr + i_span * 6 + 2 * VIEW).to(tl.pointer_type(tile.dtype))
+    if UNIT == 8:
+        ptr = tl.multiple_of(ptr, 16)  # known of kernel arguments, not of what a table holds
+    ptr += tl.load(table_ptr + i_span * 6 + 2 * VIEW + 1) * i_b * UNIT
+    row, inside = span_rows(table_ptr, i_span, o_row)
+    o_d = tl.arange(0, BLOCK)
+    ptrs = ptr + i_h.to(tl.int64) * stride_h * UNIT + row[:, None] * stride_n * UNIT + o_d[None, :]  # [rows, BLOCK]
+    if D != BLOCK:
+        tl.store(ptrs, tile, mask=inside[:, None] & (o_d < D)[None, :])
+    else:
+        tl.store(ptrs, tile, mask=inside[:, None])
+
+
+def block(dim: int) -> int:
+    """The tile's width for heads of `dim` channels: a power of two, and at least the 16 that `tl.dot` asks for."""
+    assert dim % 8 == 0 and 0 < dim <= 256, dim
+    return max(16, triton.next_power_of_2(dim))
+
+
+def strides(view: Tensor) -> tuple[int, ...]:
+    """Strides of all dimensions but the dense last one; 0 for a dimension of one element, whose stride says nothing."""
+    return tuple(s if n > 1 else 0 for s, n in zip(view.stride()[:3], view.shape[:3], strict=True))
+
+
+def occupied(spans: Sequence[Span], tokens: int) -> tuple[Span, ...]:
+    """The spans that hold any token, which must be exactly the tokens `0 .. tokens - 1`, in order."""
+    kept = []
+    end = 0
+    for span in spans:
+        n = _tokens(span)
+        assert n == 0 or span.start == end, f"spans must be in order and without gaps: {span.start} after {end}"
+        end += n
+        if n:
+            kept.append(span)
+    assert end == tokens, f"spans cover {end} of {tokens} tokens"
+    return tuple(kept)
+
+
+def unit(*views: Tensor) -> int:
+    """The unit in which strides are passed: 8 elements where every row of every view begins on 16 bytes, or else 1."""
+    aligned = all(v.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in strides(v)) for v in views)
+    assert all(v.stride(-1) == 1 or v.shape[-1] == 1 for v in views), "the last dimension must be dense"
+    return 8 if aligned else 1
+
+
+def in_units(view: Tensor, unit: int) -> tuple[int, ...]:
+    """(token, batch, head) strides of `view` in units of `unit` elements."""
+    return tuple(s // unit for s in strides(view))
+
+
+def named(name: str, values: Sequence[int]) -> dict[str, int]:
+    """Strides as kernel arguments: `stride_<name>n`, `b`, `h` for token, batch and head, or `n` and `h`.
+
+    Not as a tuple: Triton specialises the integers of a tuple by value, also under `do_not_specialize`.
+    """
+    axes = "nbh" if len(values) == 3 else "nh"
+    return {f"stride_{name}{axis}": value for axis, value in zip(axes, values, strict=True)}
+
+
+def span_table(spans: Sequence[Span], units: tuple[int, int], device: torch.device) -> Tensor:
+    """The table of `spans` (without empty ones) on `device`; a table that recurs is not copied there again."""
+    rows: list[int] = []
+    for span in spans:
+        for view, u in zip((*span.views, None)[:2], units, strict=True):
+            rows += (0, 0) if view is None else (view.data_ptr(), strides(view)[1] // u)
+        rows += (span.start, span.start + _tokens(span))
+    return _table(tuple(rows), device)
+
+
+@lru_cache(maxsize=4096)
+def _table(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64).view(-1, 6).to(device)
+
+
+def shared_strides(spans: Sequence[Span], view: int, unit: int) -> tuple[int, int]:
+    """(token, head) strides of view number `view`, which are the same in all spans."""
+    views = views_of(spans, view)
+    token = {strides(v)[0] for v in views if len(v) > 1} or {0}
+    head = {strides(v)[2] for v in views} or {0}
+    assert len(token) == 1 and len(head) == 1, f"spans differ in their token or head strides: {token}, {head}"
+    return token.pop() // unit, head.pop() // unit
+
+
+def section(heads: int, bytes_per_head: int) -> int:
+    """How many of `heads` run side by side so that what they all read stays in L2."""
+    return max(1, min(heads, L2_BYTES // max(1, bytes_per_head)))
+
+
+def views_of(spans: Sequence[Span], view: int) -> list[Tensor]:
+    """View number `view` of every span, none of which may be missing."""
+    found = [v for span in spans for v in span.views[view : view + 1] if v is not None]
+    assert len(found) == len(spans)
+    return found
+
+
+def _tokens(span: Span) -> int:
+    return len(views_of([span], 0)[0])

@@ -1,0 +1,190 @@
+"""Local attention, forward: O = softmax(scale Q K^T) V and its log-sum-exp, one query tile per program.
+
+Online softmax in base 2 (FlashAttention-2, Algorithm 1): with s = scale log2(e) q k^T, a program holds one tile of
+queries and walks over the key tiles it attends, keeping for every query the running maximum m, the sum l of 2^(s - m)
+and the accumulator of 2^(s - m) v, all in fp32; a new maximum rescales the last two by 2^(m_old - m_new). At the end
+O = acc / l and LSE = (m + log2 l) / log2(e). A query that attends nothing gets zeros and LSE = -inf.
+
+Layout: q, k and v are read in place from rows `[tokens, B, row]` through token, batch and head strides; a query head's
+kv head is `(head + offset) // group`. O and the LSE beside it go to the spans that the tile lies in (`_rows`).
+
+Worked example: S = Sk = 200, causal, BLOCK_M = BLOCK_N = 64. The tile of queries 128..191 runs the helper over the keys
+0..127 without a mask and over 128..191 with one; with spans 0..149 and 150..199 it stores 22 rows into the first and 42
+into the second.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _config
+from ._mask import keep, place, tile_range
+from ._rows import (
+    DTYPES,
+    block,
+    in_units,
+    load_rows,
+    named,
+    occupied,
+    section,
+    shared_strides,
+    span_range,
+    span_rows,
+    span_table,
+    store_rows,
+    unit,
+    views_of,
+)
+from ._views import HeadMap, Span
+
+LOG2_E = math.log2(math.e)
+
+
+@triton.jit
+def _attend_keys(
+    acc, m_i, l_i, b_q, k_ptr, v_ptr, stride_k, stride_v, i_begin, i_end, o_m, Sk, qk_scale,
+    MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Take the key tiles from `i_begin` to `i_end` into the running softmax."""
+    for i_n in range(i_begin, i_end, BLOCK_N):
+        o_n = i_n + tl.arange(0, BLOCK_N)
+        b_k = load_rows(k_ptr, o_n, Sk, stride_k, UNIT, MASKED, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        if MASKED:
+            b_s = tl.where(keep(o_m[:, None], o_n[None, :], Sk, IS_CAUSAL), b_s, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(b_s, 1) * qk_scale)  # [BLOCK_M]
+        m_safe = m_new
+        if MASKED:
+            m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row without a key so far: 2^(-inf), not NaN
+        b_p = tl.math.exp2(b_s * qk_scale - m_safe[:, None])  # [BLOCK_M, BLOCK_N]
+        alpha = tl.math.exp2(m_i - m_safe)  # [BLOCK_M]
+        l_i = l_i * alpha + tl.sum(b_p, 1)
+        acc = acc * alpha[:, None]
+        b_v = load_rows(v_ptr, o_n, Sk, stride_v, UNIT, MASKED, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+        acc = tl.dot(b_p.to(b_v.dtype), b_v, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_DV]
+        m_i = m_new
+    return acc, m_i, l_i
+
+
+@triton.jit(
+    do_not_specialize=["stride_qn", "stride_qb", "stride_qh", "stride_kn", "stride_kb", "stride_kh",
+                       "stride_vn", "stride_vb", "stride_vh", "stride_on", "stride_oh", "stride_ln", "stride_lh",
+                       "B", "S", "Sk", "hq", "group", "offset", "n_spans", "section"]
+)  # fmt: skip
+def attend_forward_kernel(
+    q_ptr, k_ptr, v_ptr, table_ptr, lse_ptr,
+    stride_qn, stride_qb, stride_qh, stride_kn, stride_kb, stride_kh, stride_vn, stride_vb, stride_vh,
+    stride_on, stride_oh, stride_ln, stride_lh, B, S, Sk, hq, group, offset, n_spans, section, qk_scale,
+    IS_CAUSAL: tl.constexpr, IS_NEGATIVE: tl.constexpr, HAS_LSE: tl.constexpr, HAS_SPAN_LSE: tl.constexpr,
+    OUT_DTYPE: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    i_tile, i_bh = place(tl.program_id(0), tl.cdiv(S, BLOCK_M), B * hq, section, IS_CAUSAL)
+    i_m = i_tile * BLOCK_M
+    i_b = (i_bh // hq).to(tl.int64)
+    i_h = i_bh % hq
+    i_kv = ((i_h + offset) // group).to(tl.int64)
+    o_m = i_m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+
+    q_ptr += (i_b * stride_qb + i_h.to(tl.int64) * stride_qh) * UNIT
+    k_ptr += (i_b * stride_kb + i_kv * stride_kh) * UNIT
+    v_ptr += (i_b * stride_vb + i_kv * stride_vh) * UNIT
+    b_q = load_rows(q_ptr, o_m, S, stride_qn, UNIT, True, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    if IS_NEGATIVE:
+        b_q = (-b_q.to(tl.float32)).to(b_q.dtype)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    full, end = tile_range(i_m, S, Sk, IS_CAUSAL, BLOCK_M, BLOCK_N)
+    acc, m_i, l_i = _attend_keys(
+        acc, m_i, l_i, b_q, k_ptr, v_ptr, stride_kn, stride_vn, 0, full, o_m, Sk, qk_scale,
+        False, IS_CAUSAL, UNIT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
+    acc, m_i, l_i = _attend_keys(
+        acc, m_i, l_i, b_q, k_ptr, v_ptr, stride_kn, stride_vn, full, end, o_m, Sk, qk_scale,
+        True, IS_CAUSAL, UNIT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
+
+    l_safe = tl.where(l_i == 0.0, 1.0, l_i)
+    b_o = (acc * (1.0 / l_safe)[:, None]).to(OUT_DTYPE)  # [BLOCK_M, BLOCK_DV]
+    b_lse = (m_i + tl.math.log2(l_safe)) * 0.6931471805599453  # [BLOCK_M], ln 2; a row without keys has m_i = -inf
+    if HAS_LSE:
+        tl.store(lse_ptr + (i_h.to(tl.int64) * B + i_b) * S + o_m, b_lse, mask=o_m < S)
+    first, last = span_range(table_ptr, n_spans, i_m, tl.minimum(i_m + BLOCK_M, S))
+    for i_span in range(first, last):
+        store_rows(table_ptr, i_span, i_b, i_h, o_m, b_o, stride_on, stride_oh, 0, UNIT, DV, BLOCK_DV)
+        if HAS_SPAN_LSE:
+            row, inside = span_rows(table_ptr, i_span, o_m)
+            stat_ptr = tl.load(table_ptr + i_span * 6 + 2).to(tl.pointer_type(tl.float32))
+            stat_ptr += tl.load(table_ptr + i_span * 6 + 3) * i_b + i_h.to(tl.int64) * stride_lh
+            tl.store(stat_ptr + row * stride_ln, b_lse, mask=inside)
+
+
+def attend_forward(
+    q: Tensor, k: Tensor, v: Tensor, out: Sequence[Span], lse: Tensor | None,
+    *, scale: float, causal: bool, heads: HeadMap,
+) -> None:  # fmt: skip
+    """Attend over the whole sequence for some heads, writing the output where it travels from.
+
+    Args:
+        q: `[S, B, hq, D]`, any strides with a dense last dimension; fp32, bf16 or fp16. D and Dv: multiples of 8 up to
+            256.
+        k: `[Sk, B, hkv, D]`.
+        v: `[Sk, B, hkv, Dv]`.
+        out: spans of `(o [n, B, hq, Dv], lse [n, B, hq] fp32 or None)` that cover the tokens 0..S-1 in order; token and
+            head strides are equal in all of them, batch strides may differ.
+        lse: `[hq, B, S]` contiguous fp32, or None: natural log of the sum of exponentials, -inf for a row without keys.
+        scale: factor of the scores.
+        causal: query i attends the keys j <= i only.
+        heads: which of k's and v's heads a query head attends to.
+    """
+    (S, B, hq, D), Sk, Dv = q.shape, len(k), v.shape[-1]
+    spans = occupied(out, S)
+    if not spans:
+        return
+    o, stat = views_of(spans, 0), spans[0].views[1]
+    assert lse is None or lse.is_contiguous()
+    u = unit(q, k, v, *o)
+    tiles = _config.tiles("attend_forward", q, max(D, Dv))
+    n_tiles = triton.cdiv(S, tiles["BLOCK_M"])
+    _config.launch(
+        attend_forward_kernel,
+        (n_tiles * B * hq,),
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        table_ptr=span_table(spans, (u, 1), q.device),
+        lse_ptr=lse,
+        **named("q", in_units(q, u)),
+        **named("k", in_units(k, u)),
+        **named("v", in_units(v, u)),
+        **named("o", shared_strides(spans, 0, u)),
+        **named("l", (0, 0) if stat is None else shared_strides(spans, 1, 1)),
+        B=B,
+        S=S,
+        Sk=Sk,
+        hq=hq,
+        group=heads.group,
+        offset=heads.offset,
+        n_spans=len(spans),
+        section=section(B * hq, Sk * (D + Dv) * q.element_size() // heads.group),
+        qk_scale=max(abs(scale) * LOG2_E, 1e-30),  # not 0: masked scores are -inf
+        IS_CAUSAL=causal,
+        IS_NEGATIVE=scale < 0,
+        HAS_LSE=lse is not None,
+        HAS_SPAN_LSE=stat is not None,
+        OUT_DTYPE=DTYPES[o[0].dtype],
+        UNIT=u,
+        D=D,
+        DV=Dv,
+        BLOCK_D=block(D),
+        BLOCK_DV=block(Dv),
+        **tiles,
+    )
