@@ -1,0 +1,344 @@
+"""`ulysses-triton train`: what it trains on, that ranks do not change what it learns, and how it ends."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ulysses_triton import cli
+from ulysses_triton.errors import ExchangeError, OptionError, ShapeError
+from ulysses_triton.training import data, launch, plot, run_directory
+from ulysses_triton.training.config import TrainConfig, learning_rate
+
+ROOT = Path(__file__).parent.parent
+TEXT = str(ROOT / "ulysses_triton" / "training")  # real text, and little of it
+TINY = ("--width", "32", "--head-dim", "16", "--text", TEXT)
+
+
+def environment() -> dict[str, str]:
+    """A user's environment: kernels not interpreted, and the package importable from the source tree."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "OMP_NUM_THREADS")}
+    return {**kept, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
+def start(*arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    command = [sys.executable, *launcher, "-m", "ulysses_triton.cli", "train", *TINY, *map(str, arguments)]
+    return subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 120) -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process.returncode, out, err
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    with (folder / "metrics.csv").open(newline="") as stream:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(stream)]
+
+
+# What is trained on
+
+
+def numbered(length: int) -> torch.Tensor:
+    return (torch.arange(length) % 251).to(torch.uint8)
+
+
+def test_labels_are_the_bytes_that_follow() -> None:
+    text, length = numbered(1000), 24
+    windows = data.TrainingWindows(text, length, seed=0)
+    inputs, labels = data.inputs_and_labels(windows.batch(0, windows.count))
+    assert inputs.shape == labels.shape == (windows.count, length)
+    assert torch.equal(labels, (inputs + 1) % 251)
+
+
+def test_an_epoch_sees_every_window_once_in_an_order_the_seed_decides() -> None:
+    text, length = numbered(250), 8
+    windows, same, other = (data.TrainingWindows(text, length, seed) for seed in (3, 3, 4))
+    first, second = windows.batch(0, windows.count), windows.batch(1, windows.count)
+    expected = [index * length for index in range(windows.count)]
+    assert sorted(first[:, 0].tolist()) == sorted(second[:, 0].tolist()) == expected
+    assert not torch.equal(first, second)
+    assert torch.equal(second, same.batch(1, same.count))  # a step's batch does not depend on the steps before it
+    assert not torch.equal(first, other.batch(0, other.count))
+
+
+@pytest.mark.parametrize("size", [130, 1000, 20_011])
+def test_no_training_window_touches_held_out_text(size: int) -> None:
+    length = 64
+    split = data.split_text(torch.zeros(size, dtype=torch.uint8), length)
+    assert len(split.train) + len(split.held_out) == size
+    assert len(split.held_out) >= max(length + 1, size // data.HELD_OUT_SHARE)
+    split.held_out.fill_(1)
+    windows = data.TrainingWindows(split.train, length, seed=0)
+    assert windows.count >= 1
+    assert windows.batch(0, 2 * windows.count).max() == 0
+    held_out = data.held_out_windows(split.held_out, length, 8)
+    assert held_out.min() == 1
+    assert 1 <= len(held_out) <= 8
+    assert held_out.shape[1] == length + 1
+
+
+def test_text_is_the_files_of_folders_in_a_fixed_order_without_hidden_and_binary_ones(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name, content in {"b.txt": b"bb", "sub/a": b"a", ".hidden": b"x", "binary": b"\0\1"}.items():
+        (tmp_path / name).write_bytes(content)
+    text = data.read_text([str(tmp_path), str(tmp_path / "binary")])
+    assert bytes(text.content.tolist()) == b"bba\0\1"
+    assert text.files == 3
+    assert text.sha256 != data.read_text([str(tmp_path)]).sha256
+
+
+def test_the_default_text_is_the_standard_library() -> None:
+    files = data.standard_library_files()
+    names = {file.name for file in files}
+    assert {"argparse.py", "typing.py"} <= names
+    assert not any({"site-packages", "test", "tests"} & set(file.parts[-3:-1]) for file in files)
+
+
+def test_entropies_of_bytes_and_of_byte_pairs() -> None:
+    unigram, bigram = data.byte_entropies(torch.tensor([0, 1, 2, 3] * (1 << 19) + [0], dtype=torch.uint8))
+    assert unigram == pytest.approx(math.log(4), abs=1e-6)
+    assert bigram == pytest.approx(0, abs=1e-6)
+
+
+def test_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
+    config = TrainConfig(out="", ranks=1, steps=100, lr=1.0)
+    rates = [learning_rate(step, config) for step in range(1, 101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == 1.0
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert rates[-1] == pytest.approx(0.1)
+
+
+# Runs
+
+UNEVEN = 257  # 129 tokens on rank 0, 128 on rank 1
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, str]]:
+    """The same run on one rank and on two, at an uneven length: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("runs")
+    same = ("--sequence-length", UNEVEN, "--steps", 12, "--batch", 2, "--threads", 1)
+    processes = {ranks: start("--ranks", ranks, "--out", folder / f"{ranks}", *same) for ranks in (1, 2)}
+    done = {}
+    for ranks, process in processes.items():
+        status, out, err = finish(process)
+        assert status == 0, err
+        done[ranks] = (folder / f"{ranks}", out)
+    return done
+
+
+def test_a_run_learns_and_leaves_readable_files(runs: dict[int, tuple[Path, str]]) -> None:
+    folder, out = runs[2]
+    metrics = read_metrics(folder)
+    assert tuple(metrics[0]) == run_directory.METRICS
+    assert [row["step"] for row in metrics] == list(range(1, 13))
+    assert 5 < metrics[0]["loss"] < 6.5
+    assert metrics[-1]["loss"] < metrics[0]["loss"] - 1
+    assert all(row["tokens_per_second"] > 0 for row in metrics)
+    described = json.loads((folder / "config.json").read_text())
+    assert described["world_size"] == 2
+    assert described["sequence_length"] == UNEVEN
+    assert described["versions"]["torch"] == torch.__version__
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "loss.png", "metrics.csv"]
+    for line in ("training loss", "held-out loss", "for comparison", "tokens/s"):
+        assert line in out
+
+
+def test_one_rank_and_two_have_the_same_losses(runs: dict[int, tuple[Path, str]]) -> None:
+    one, two = ([row["loss"] for row in read_metrics(runs[ranks][0])] for ranks in (1, 2))
+    assert two == pytest.approx(one, abs=1e-5)
+    held_out = [next(line for line in out.splitlines() if "held-out loss" in line) for _, out in runs.values()]
+    assert held_out[0] == held_out[1]
+
+
+def test_under_torchrun(tmp_path: Path) -> None:
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-endpoint", "127.0.0.1:0")
+    launcher += ("--rdzv-backend", "c10d")
+    process = start("--sequence-length", 256, "--steps", 2, "--out", tmp_path / "run", launcher=launcher)
+    status, out, err = finish(process)
+    assert status == 0, err
+    assert out.count("held-out loss") == 1
+    assert len(read_metrics(tmp_path / "run")) == 2
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["ranks"] == 2
+
+
+# Errors and ends
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--text", "/no/such/text"), "no such text file or folder: /no/such/text"),
+        (("--sequence-length", "10000000"), "give more text or a shorter --sequence-length"),
+        (("--text", os.devnull), "no such text file"),
+        (("--steps", "0"), "steps is 0"),
+        (("--ranks", "0"), "ranks is 0"),
+        (("--lr", "-1"), "learning rate is -1"),
+        (("--kv-heads", "3"), "cannot share 3 key/value heads"),
+        (("--head-dim", "5"), "head_dim is 5"),
+        (("--sequence-length", "3"), "leaves some of 4 ranks without any"),
+    ],
+    ids=lambda value: "_".join(value).replace("/", "") if isinstance(value, tuple) else "",
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    arguments: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert cli.main(["train", *TINY, "--device", "cpu", "--ranks", "4", "--out", str(out), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.startswith("ulysses-triton: error: ")
+    assert error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_run_never_writes_over_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.csv").write_text("precious")
+    assert cli.main(["train", "--out", str(tmp_path)]) == 2
+    assert "not an empty folder" in capsys.readouterr().err
+
+
+def test_an_empty_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    with pytest.raises(OptionError, match="the text is empty"):
+        data.read_text([str(tmp_path / "empty")])
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(OptionError, match="no text files in the folder"):
+        data.read_text([str(tmp_path / "bare")])
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plot.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(OptionError, match=r"ulysses-triton\[train\]"):
+        plot.require_matplotlib()
+
+
+def test_what_the_op_refuses_reaches_the_user_as_one_line(tmp_path: Path) -> None:
+    process = start("--heads", 3, "--kv-heads", 3, "--ranks", 2, "--sequence-length", 64, "--out", tmp_path / "run")
+    status, _, err = finish(process)
+    assert status == 2
+    assert err.startswith("ulysses-triton: error: ")
+    assert "3" in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def rank_processes(parent: int) -> list[int]:
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return "Z (zombie)" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("how", ["rank_killed", "interrupted", "command_killed"])
+def test_however_it_ends_no_rank_is_left(how: str, tmp_path: Path) -> None:
+    process = start("--ranks", 2, "--sequence-length", 256, "--steps", 100_000, "--out", tmp_path / "run")
+    while not (tmp_path / "run").exists():  # it appears with the first step
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    ranks = rank_processes(process.pid)
+    assert len(ranks) == 2
+    if how == "rank_killed":
+        os.kill(ranks[1], signal.SIGKILL)
+    elif how == "interrupted":
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does on Ctrl-C: everyone gets it
+    else:
+        process.kill()
+    began = time.monotonic()
+    status, _, err = finish(process, timeout=30)
+    while any(map(is_alive, ranks)):
+        assert time.monotonic() - began < 10
+        time.sleep(0.05)
+    if how == "rank_killed":
+        assert status == 1
+        assert "rank 1 was killed by SIGKILL" in err
+    elif how == "interrupted":
+        assert status == 130
+        assert "interrupted" in err
+    assert "Traceback" not in err
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", "metrics.csv"]
+    assert read_metrics(tmp_path / "run")[0]["step"] == 1
+
+
+def fail_on_rank_1(config: TrainConfig) -> None:
+    if os.environ["RANK"] == "1":
+        raise ZeroDivisionError("for a test")
+    time.sleep(60)
+
+
+def test_an_unforeseen_error_of_one_rank_ends_the_others() -> None:
+    began = time.monotonic()
+    with pytest.raises(launch.RankError, match="rank 1 failed with ZeroDivisionError: for a test") as caught:
+        launch.run_on_own_ranks(fail_on_rank_1, TrainConfig(out="", ranks=2))
+    assert "fail_on_rank_1" in str(caught.value.__cause__)
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize(
+    ("failures", "expected", "message"),
+    [
+        pytest.param(
+            [launch.Failure(0, kind="ExchangeError", message="rank 1 is silent"), launch.Failure(1, exit_status=-9)],
+            launch.RankError,
+            "rank 1 was killed by SIGKILL; the other ranks were stopped",
+            id="a_killed_rank_before_its_peers",
+        ),
+        pytest.param(
+            [
+                launch.Failure(0, kind="RuntimeError", message="... Connection closed by peer ..."),
+                launch.Failure(1, kind="ShapeError", message="mine"),
+            ],
+            ShapeError,
+            "rank 1: mine",
+            id="a_rank_that_raised_before_its_peers",
+        ),
+        pytest.param(
+            [launch.Failure(rank, kind="ShapeError", message="all the same") for rank in (0, 1)],
+            ShapeError,
+            "all the same",
+            id="what_all_ranks_say",
+        ),
+        pytest.param(
+            [launch.Failure(1, kind="ExchangeError", message="silence")],
+            launch.RankError,
+            "rank 1 failed with ExchangeError: silence; the other ranks were stopped",
+            id="only_lost_peers",
+        ),
+    ],
+)
+def test_the_error_raised_is_what_started_it(
+    failures: list[launch.Failure], expected: type[Exception], message: str
+) -> None:
+    with pytest.raises(expected) as caught:
+        launch.raise_root_cause(failures, ranks=2)
+    assert str(caught.value) == message
+    assert not isinstance(caught.value, ExchangeError)
+
+
+def test_threads_are_shared_by_ranks() -> None:
+    assert launch.cores_per_rank(1) >= 1
+    assert launch.cores_per_rank(1_000_000) == 1

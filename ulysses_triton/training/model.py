@@ -1,0 +1,136 @@
+"""A decoder-only byte-level language model whose attention runs over a sharded sequence.
+
+Everything but attention works on each token alone, so a rank applies it to its own shard; `ulysses_qkv_attention` is
+the only place where ranks meet. Pre-norm blocks: x + attention(norm(x)), then x + swiglu(norm(x)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from .. import UlyssesGroup, ulysses_qkv_attention
+from .config import ModelConfig
+
+VOCABULARY = 256
+Q_GAIN = 4.0  # normalised queries and keys alone cannot tell one key among thousands from the others
+OUTPUT_SCALE = 0.3  # of the projections that end a residual branch
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with QK-norm and RoPE, both applied inside the op."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.qkv = nn.Linear(config.width, (config.heads + 2 * config.kv_heads) * config.head_dim, bias=False)
+        self.out = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
+        self.q_norm = nn.Parameter(torch.full((config.head_dim,), Q_GAIN))
+        self.k_norm = nn.Parameter(torch.ones(config.head_dim))
+
+    def forward(
+        self,
+        x: torch.Tensor,  # [B, L, width]
+        rope: tuple[torch.Tensor, torch.Tensor],
+        group: UlyssesGroup,
+        lens: Sequence[int] | None,
+    ) -> torch.Tensor:
+        attended = ulysses_qkv_attention(
+            self.qkv(x),
+            group,
+            heads=self.config.heads,
+            kv_heads=self.config.kv_heads,
+            rope=rope,
+            q_norm=self.q_norm,
+            k_norm=self.k_norm,
+            norm_eps=self.config.norm_eps,
+            causal=True,
+            lens=lens,
+        )  # [B, L, heads, head_dim]
+        assert isinstance(attended, torch.Tensor)  # a pair only with `return_lse`
+        return self.out(attended.flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), with gate and up as one projection."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(config.width, 2 * config.hidden, bias=False)
+        self.down = nn.Linear(config.hidden, config.width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(functional.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.feed_forward_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.feed_forward = SwiGLU(config)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        group: UlyssesGroup,
+        lens: Sequence[int] | None,
+    ) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, group, lens)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class LanguageModel(nn.Module):
+    """Bytes in, logits of the next byte out, for this rank's shard of every sequence."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(VOCABULARY, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.head = nn.Linear(config.width, VOCABULARY, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fan-in initialisation; projections that end a residual branch, and the head, start smaller."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        with torch.no_grad():
+            for block in self.blocks:
+                assert isinstance(block, Block)
+                block.attention.out.weight *= OUTPUT_SCALE
+                block.feed_forward.down.weight *= OUTPUT_SCALE
+            self.head.weight *= OUTPUT_SCALE
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        group: UlyssesGroup,
+        lens: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """Logits [B, L, 256] of `tokens` [B, L], whose places in the whole sequence are `positions` [L].
+
+        `lens` gives every rank's L where they differ.
+        """
+        rope = rope_tables(positions, self.config)
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x, rope, group, lens)
+        return self.head(self.norm(x))
+
+
+def rope_tables(positions: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines [L, head_dim / 2] for tokens at `positions` [L] (Su et al., RoFormer, section 3.4)."""
+    half = torch.arange(config.head_dim // 2, device=positions.device, dtype=torch.float64)
+    frequencies = config.rope_base ** (-2.0 * half / config.head_dim)
+    angles = positions.to(torch.float64)[:, None] * frequencies  # fp64: positions reach millions
+    return angles.cos().float(), angles.sin().float()
