@@ -40,7 +40,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "exchange.torch_dist",
         "exchange.virtual",
     ),
-    "engine": ("executor", "group", "halves", "local", "op"),
+    "engine": ("call", "executor", "group", "halves", "local", "op"),
     "face": ("", "__main__", "api", "cli", "cost", "shard", "tuning", "integrations.*", "training.*"),  # "": __init__
 }
 WITHOUT_TORCH = ("errors", "placement", "schedule", "spec")  # pure Python, but for types

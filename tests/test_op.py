@@ -50,8 +50,9 @@ def test_opcheck_of_the_backward_op(fused):
         given = (torch.randn(2, 6, 4 * 16), None, None) if fused else (q, k, v)
         out, _, rows = torch.ops.ulysses_triton.attention(*op_arguments(group, *given))
         arguments = (
-            torch.randn_like(out), None, out, rows, *(given if fused else (None,) * 3), *(None,) * 4, group.name, fused,
-            1 if fused else 2, 16, 6, [], [], True, 0.25, False, 0, 1e-6, "reference", False, False, op.ABI,
+            torch.randn_like(out), None, out, rows, fused, 16, 6, *(given if fused else (None,) * 3), *(None,) * 4,
+            group.name, 2, 1 if fused else 2, [], [], True, 0.25, False, 0, 1e-6, "reference", False, False, True,
+            op.ABI,
         )  # fmt: skip
         checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
         opcheck(torch.ops.ulysses_triton.attention_backward.default, arguments, test_utils=checks)

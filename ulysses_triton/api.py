@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import halves, op
+from .call import Call, describe
 from .errors import DeviceError, DtypeError, OptionError, ShapeError, UlyssesError
 from .executor import views_of_rows
 from .group import Groupish, UlyssesGroup, resolve
@@ -177,36 +177,35 @@ def _attend(
             raise ShapeError(f"q has shape {list(qkv[0].shape)}, with heads = {heads} and kv_heads = {kv_heads}")
         head_dim = qkv[0].size(-1) // parts
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*qkv, *transform[2:]) if t is not None)
-    arguments: tuple[Any, ...] = (
+    call = Call(
         *qkv,
         *transform,
-        group.name,
-        heads,
-        kv_heads,
-        [int(n) for n in lens] if lens is not None else [],
-        [int(n) for n in kv_lens] if kv_lens is not None else [],
-        causal,
-        float(scale if scale is not None else max(head_dim, 1) ** -0.5),
-        rope_interleaved,
-        rope_dim,
-        norm_eps,
-        attention if isinstance(attention, str) else "callable",
-        recompute is not None,
-        return_lse,
-        grad,
-        op.ABI,
+        group=group.name,
+        heads=heads,
+        kv_heads=kv_heads,
+        lens=[int(n) for n in lens] if lens is not None else [],
+        kv_lens=[int(n) for n in kv_lens] if kv_lens is not None else [],
+        causal=causal,
+        scale=float(scale if scale is not None else max(head_dim, 1) ** -0.5),
+        rope_interleaved=rope_interleaved,
+        rope_dim=rope_dim,
+        norm_eps=norm_eps,
+        attention=attention if isinstance(attention, str) else "callable",
+        recompute=recompute is not None,
+        return_lse=return_lse,
+        grad=grad,
+        abi=op.ABI,
     )
     if not isinstance(attention, str):
-        return _around(group, attention, arguments)
-    out, lse, _ = op.attention(*arguments)
+        return _around(group, attention, call)
+    out, lse, _ = op.attention(*call)
     return (out, lse) if return_lse else out
 
 
-def _around(group: UlyssesGroup, attention: Callable[..., Tensor], arguments: tuple[Any, ...]) -> Tensor:
+def _around(group: UlyssesGroup, attention: Callable[..., Tensor], call: Call) -> Tensor:
     """A callable between the two halves of the exchange."""
-    rows, kv_rows = halves.exchange_in(*arguments)
-    options = op.options_of(dict(zip(("group", *op.OPTION_NAMES), arguments[7:], strict=False)))
-    problem, _ = op.describe(group, *arguments[:7], **options)
+    rows, kv_rows = halves.exchange_in(*call)
+    problem, _ = describe(group, call)
     received = [rows, kv_rows] if problem.cross else [rows]
     q, k, v = (view.transpose(0, 1) for view in views_of_rows(problem, group.rank, received))
     index = place(problem).kv_head_of(group.rank)

@@ -6,125 +6,84 @@ a backward that makes the opposite trip. An op cannot take a Python object, so t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import executor
+from .call import SCHEMA, Call, agreed, describe
 from .executor import Inputs
 from .group import by_name
-from .op import OPTION_NAMES, QKV, agreed, describe, like_inputs, options_of, weight_grads
+from .op import QKV, like_inputs, weight_grads
 from .placement import place
 from .spec import Problem
 
 
-@torch.library.custom_op("ulysses_triton::exchange_in", mutates_args=())
-def exchange_in(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    group: str,
-    heads: int,
-    kv_heads: int,
-    lens: list[int],
-    kv_lens: list[int],
-    causal: bool,
-    scale: float,
-    rope_interleaved: bool,
-    rope_dim: int,
-    norm_eps: float,
-    attention: str,
-    recompute: bool,
-    return_lse: bool,
-    grad: bool,
-    abi: int,
-) -> tuple[Tensor, Tensor]:
-    """-> (received rows [S, B, row], [0]), or for keys of another length (rows of q, rows [Sk, B, row] of k and v)."""
-    own, problem, inputs = agreed("exchange in", group, q, k, v, cos, sin, q_norm, k_norm, **options_of(locals()))
-    with own.call():
-        rows = executor.exchange_in(problem, own, inputs)
-    return rows[0], rows[1] if len(rows) > 1 else q.new_empty(0)
+@torch.library.custom_op(
+    "ulysses_triton::exchange_in", mutates_args=(), schema=f"({SCHEMA}) -> (Tensor rows, Tensor kv_rows)"
+)
+def exchange_in(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """A `Call` -> (received rows [S, B, row], [0]), or for keys of another length (rows of q, rows of k and v)."""
+    group, problem, inputs = agreed("exchange in", Call(*arguments))
+    with group.call():
+        return _pair(executor.exchange_in(problem, group, inputs))
 
 
 @exchange_in.register_fake
-def _(
-    q, k, v, cos, sin, q_norm, k_norm, group, heads, kv_heads, lens, kv_lens, causal, scale, rope_interleaved, rope_dim,
-    norm_eps, attention, recompute, return_lse, grad, abi,
-):  # fmt: skip
-    own = by_name(group)
-    problem, _ = describe(own, q, k, v, cos, sin, q_norm, k_norm, **options_of(locals()))
-    rows = [q.new_empty((sum(s.lens), problem.batch, s.rows[own.rank].width)) for s in place(problem).qkv]
-    return rows[0], rows[1] if len(rows) > 1 else q.new_empty(0)
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call = Call(*arguments)
+    group = by_name(call.group)
+    problem, (q, *_) = describe(group, call)
+    shapes = [(sum(s.lens), problem.batch, s.rows[group.rank].width) for s in place(problem).qkv]
+    return _pair([q.new_empty(shape) for shape in shapes])
 
 
-@torch.library.custom_op("ulysses_triton::exchange_in_backward", mutates_args=())
-def exchange_in_backward(
-    rows: Tensor,
-    kv_rows: Tensor,
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    group: str,
-    heads: int,
-    kv_heads: int,
-    lens: list[int],
-    kv_lens: list[int],
-    causal: bool,
-    scale: float,
-    rope_interleaved: bool,
-    rope_dim: int,
-    norm_eps: float,
-    attention: str,
-    recompute: bool,
-    return_lse: bool,
-    grad: bool,
-    abi: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _pair(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    return rows[0], rows[1] if len(rows) > 1 else rows[0].new_empty(0)
+
+
+@torch.library.custom_op(
+    "ulysses_triton::exchange_in_backward",
+    mutates_args=(),
+    schema=f"(Tensor rows, Tensor kv_rows, {SCHEMA}) -> "
+    "(Tensor dq, Tensor dk, Tensor dv, Tensor dq_norm, Tensor dk_norm)",
+)
+def exchange_in_backward(rows: Tensor, kv_rows: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """-> (dq, dk, dv, dq_norm, dk_norm), as the layer's backward."""
-    options = options_of(locals())
-    own, problem, inputs = agreed("exchange in backward", group, q, k, v, cos, sin, q_norm, k_norm, **options)
-    grads, views = _grads(problem, inputs, k is None, own.pool.take)
-    with own.call():
-        norms = executor.exchange_in_backward(problem, own, inputs, Inputs(*views, None), [rows, kv_rows])
-    return (*grads, *weight_grads(q, norms, (q_norm, k_norm)))
+    call = Call(*arguments)
+    group, problem, inputs = agreed("exchange in backward", call)
+    grads, views = _grads(problem, inputs, call, group.pool.take)
+    with group.call():
+        norms = executor.exchange_in_backward(problem, group, inputs, Inputs(*views, None), [rows, kv_rows])
+    return (*grads, *weight_grads(inputs.q, norms, (call.q_norm, call.k_norm)))
 
 
 @exchange_in_backward.register_fake
-def _(
-    rows, kv_rows, q, k, v, cos, sin, q_norm, k_norm, group, heads, kv_heads, lens, kv_lens, causal, scale,
-    rope_interleaved, rope_dim, norm_eps, attention, recompute, return_lse, grad, abi,
-):  # fmt: skip
-    problem, inputs = describe(by_name(group), q, k, v, cos, sin, q_norm, k_norm, **options_of(locals()))
-    grads, _ = _grads(problem, inputs, k is None, torch.empty)
-    return (*grads, *weight_grads(q, (q_norm, k_norm), (q_norm, k_norm)))
+def _(rows: Tensor, kv_rows: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    call = Call(*arguments)
+    problem, inputs = describe(by_name(call.group), call)
+    grads, _ = _grads(problem, inputs, call, torch.empty)
+    return (*grads, *weight_grads(inputs.q, (call.q_norm, call.k_norm), (call.q_norm, call.k_norm)))
 
 
-def _grads(problem: Problem, inputs: Inputs, fused: bool, empty: Callable[..., Tensor]) -> tuple[QKV, QKV]:
+def _grads(problem: Problem, inputs: Inputs, call: Call, empty: Callable[..., Tensor]) -> tuple[QKV, QKV]:
     like = inputs.q.new_empty(1).expand(*inputs.q.shape[:3], problem.value_dim)
-    return like_inputs(like, fused, problem.kv_heads, problem.head_dim, inputs.k.size(1), empty)
+    return like_inputs(like, call.fused, problem.kv_heads, problem.head_dim, inputs.k.size(1), empty)
 
 
 def _setup_in(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:7])
-    ctx.fixed = dict(zip(("group", *OPTION_NAMES, "abi"), inputs[7:], strict=True))
+    ctx.numbers = inputs[7:]
 
 
 def _backward_in(ctx: Any, rows: Tensor, kv_rows: Tensor) -> tuple[Any, ...]:
-    q, k, v, cos, sin, q_norm, k_norm = ctx.saved_tensors
-    found = exchange_in_backward(rows, kv_rows, q, k, v, cos, sin, q_norm, k_norm, **ctx.fixed)
-    given = (q, k, v, q_norm, k_norm)
+    call = Call(*ctx.saved_tensors, *ctx.numbers)
+    found = exchange_in_backward(rows, kv_rows, *call)
+    given = (call.q, call.k, call.v, call.q_norm, call.k_norm)
     dq, dk, dv, dq_norm, dk_norm = (g if t is not None else None for g, t in zip(found, given, strict=True))
-    return (dq, dk, dv, None, None, dq_norm, dk_norm, *(None,) * (len(OPTION_NAMES) + 2))
+    return (dq, dk, dv, None, None, dq_norm, dk_norm, *[None] * len(ctx.numbers))
 
 
 exchange_in.register_autograd(_backward_in, setup_context=_setup_in)

@@ -1,0 +1,195 @@
+"""The arguments of the ops as one value, and the problem that they state.
+
+All ops take the same arguments in the same order; their schemas are made from `Call`. The raw projection output is
+passed as `q` with `k` and `v` None; `heads` and `kv_heads` then say how to split it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple, get_type_hints
+
+from torch import Tensor
+
+from .errors import DeviceError, DtypeError, ShapeError, UlyssesError
+from .executor import Inputs
+from .group import UlyssesGroup, by_name
+from .kernels._views import Transform
+from .local import choose
+from .placement import place
+from .spec import Problem
+
+
+class Call(NamedTuple):
+    """The arguments of an op, in order. In a backward op q is None where the raw inputs are not needed."""
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    cos: Tensor | None
+    sin: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    group: str
+    heads: int
+    kv_heads: int
+    lens: list[int]
+    kv_lens: list[int]
+    causal: bool
+    scale: float
+    rope_interleaved: bool
+    rope_dim: int
+    norm_eps: float
+    attention: str
+    recompute: bool
+    return_lse: bool
+    grad: bool
+    abi: int
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[:7]
+
+    @property
+    def fused(self) -> bool:
+        return self.k is None
+
+
+_TYPES = {Tensor | None: "Tensor?", str: "str", int: "SymInt", list[int]: "SymInt[]", bool: "bool", float: "float"}
+SCHEMA = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(Call).items())
+
+
+def split_qkv(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of a projection's output `[B, L, (heads + 2 kv_heads) D]` (or of its gradient) as q, k and v."""
+    dim = qkv.size(-1) // (heads + 2 * kv_heads)
+    q, k, v = qkv.split([heads * dim, kv_heads * dim, kv_heads * dim], dim=-1)
+    return q.unflatten(-1, (heads, dim)), k.unflatten(-1, (kv_heads, dim)), v.unflatten(-1, (kv_heads, dim))
+
+
+def describe(group: UlyssesGroup, call: Call) -> tuple[Problem, Inputs]:
+    """The problem that the arguments of a call state, and its tensors as the executor takes them.
+
+    Raises the `UlyssesError` that names the argument that is wrong.
+    """
+    q, k, v = call.q, call.k, call.v
+    assert q is not None
+    if k is None or v is None:
+        if q.dim() != 3:
+            raise ShapeError(f"qkv has shape {list(q.shape)}; expected [B, L, (heads + 2 kv_heads) D]")
+        if call.heads < 1 or call.kv_heads < 1 or q.size(-1) % (call.heads + 2 * call.kv_heads):
+            raise ShapeError(
+                f"qkv has {q.size(-1)} channels, which {call.heads} query heads and 2 x {call.kv_heads} kv heads "
+                "do not divide: check heads= and kv_heads="
+            )
+        q, k, v = split_qkv(q, call.heads, call.kv_heads)
+    _check_shapes(q, k, v)
+    _check_alike(call, {"q": q, "k": k, "v": v})
+    transform = _transform(call, q)
+    kv_lens = call.kv_lens or (call.lens if k.size(1) == q.size(1) else [])
+    if call.lens and not kv_lens and group.size > 1:
+        raise ShapeError(f"q has {q.size(1)} tokens here and k has {k.size(1)}: pass kv_lens= beside lens=")
+    problem = Problem(
+        batch=q.size(0),
+        lens=_all_lens("lens", "q", call.lens, q.size(1), group),
+        kv_lens=_all_lens("kv_lens", "k", kv_lens, k.size(1), group),
+        heads=q.size(2),
+        kv_heads=k.size(2),
+        head_dim=q.size(3),
+        value_dim=v.size(3),
+        dtype=str(q.dtype).removeprefix("torch."),
+        device=q.device.type,
+        causal=call.causal,
+        scale=call.scale,
+        rope_dim=0 if transform is None else transform.rope_dim,
+        rope_interleaved=call.rope_interleaved,
+        q_norm=call.q_norm is not None,
+        k_norm=call.k_norm is not None,
+        norm_eps=call.norm_eps,
+        attention=call.attention,
+        recompute=call.recompute,
+        return_lse=call.return_lse,
+        grad=call.grad,
+    )
+    problem.check()
+    place(problem)
+    chosen = choose(problem).name
+    problem = replace(problem, attention=chosen if call.attention != "callable" else "callable")
+    return problem, Inputs(q, k, v, transform)
+
+
+def agreed(what: str, call: Call) -> tuple[UlyssesGroup, Problem, Inputs]:
+    """The problem of a call that every rank of the group makes; raises on every rank when one cannot, or differs."""
+    group = by_name(call.group)
+    try:
+        problem, inputs = describe(group, call)
+    except UlyssesError as error:
+        group.refuse(error)
+        raise
+    group.agree(what, problem.signature)
+    return group, problem, inputs
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, tensor, letters in (("q", q, "[B, L, Hq, D]"), ("k", k, "[B, Lk, Hkv, D]"), ("v", v, "[B, Lk, Hkv, Dv]")):
+        if tensor.dim() != 4:
+            raise ShapeError(f"{name} has shape {list(tensor.shape)}; expected {letters}")
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if not q.size(0) == k.size(0) == v.size(0):
+        raise ShapeError(f"q, k and v differ in batch size: {shapes}")
+    if k.shape[1:3] != v.shape[1:3]:
+        raise ShapeError(f"k and v differ in tokens or heads: {shapes}; both are [B, Lk, Hkv, ...]")
+    if q.size(3) != k.size(3):
+        raise ShapeError(f"q and k differ in head dim: {shapes}")
+
+
+def _check_alike(call: Call, qkv: dict[str, Tensor]) -> None:
+    q = qkv["q"]
+    others = {"rope cos": call.cos, "rope sin": call.sin, "q_norm": call.q_norm, "k_norm": call.k_norm}
+    for name, tensor in (qkv | others).items():
+        if tensor is None:
+            continue
+        if name in qkv and tensor.dtype != q.dtype:
+            raise DtypeError(f"q has dtype {q.dtype} and {name} has {tensor.dtype}; q, k and v must have one dtype")
+        if not tensor.dtype.is_floating_point:
+            raise DtypeError(f"{name} has dtype {tensor.dtype}; it must be a floating-point tensor")
+        if tensor.device != q.device:
+            raise DeviceError(f"q is on {q.device} and {name} on {tensor.device}; all must be on one device")
+
+
+def _transform(call: Call, q: Tensor) -> Transform | None:
+    batch, tokens, _, dim = q.shape
+    for name, weight in (("q_norm", call.q_norm), ("k_norm", call.k_norm)):
+        if weight is not None and weight.shape != (dim,):
+            raise ShapeError(f"{name} has shape {list(weight.shape)}; expected [D] = [{dim}]")
+    cos, sin = call.cos, call.sin
+    norms = Transform(q_norm=call.q_norm, k_norm=call.k_norm, eps=call.norm_eps)
+    if cos is None or sin is None:
+        return None if call.q_norm is None and call.k_norm is None else norms
+    if cos.shape != sin.shape or cos.dim() not in (2, 3) or cos.size(-2) != tokens:
+        raise ShapeError(
+            f"rope cos {list(cos.shape)} and sin {list(sin.shape)} must have one shape, [L, R/2] or [L, R] with or "
+            f"without a leading B, for this rank's own L = {tokens} tokens"
+        )
+    if cos.dim() == 3 and cos.size(0) not in (1, batch):
+        raise ShapeError(f"rope cos {list(cos.shape)} has a leading {cos.size(0)}; the batch size is {batch}")
+    width = cos.size(-1)
+    # Without rope_dim the whole head rotates when the width is D or D/2; a smaller width is one column per channel.
+    rotated = call.rope_dim or (dim if 2 * width == dim else width)
+    if rotated > dim or width not in (rotated, rotated // 2) or rotated % 2:
+        raise ShapeError(
+            f"rope cos has {width} columns, which fits neither R nor R/2 for R = {rotated} rotated channels of a head "
+            f"dim of {dim}: pass rope_dim="
+        )
+    cos, sin = (cos, sin) if cos.dim() == 3 else (cos.unsqueeze(0), sin.unsqueeze(0))
+    return norms._replace(cos=cos, sin=sin, rope_dim=rotated, interleaved=call.rope_interleaved)
+
+
+def _all_lens(name: str, tensor: str, lens: Sequence[int], own: int, group: UlyssesGroup) -> tuple[int, ...]:
+    if not lens:
+        return (own,) * group.size
+    if len(lens) != group.size:
+        raise ShapeError(f"{name} = {list(lens)} has {len(lens)} entries; the group has {group.size} ranks")
+    if lens[group.rank] != own:
+        raise ShapeError(f"{name}[{group.rank}] is {lens[group.rank]}, but {tensor} has {own} tokens on this rank")
+    return tuple(lens)
