@@ -1,7 +1,7 @@
 # `make train` and `make test` need nothing before them: both set up a virtual environment first, once.
 PYTHON ?= python3
 VENV ?= .venv
-RANKS ?= 4
+RANKS ?=
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ CXX_USED := $(if $(filter default undefined,$(origin CXX)),g++,$(CXX))
 .PHONY: train test test-slow lint format setup compiler headers clean
 
 train: $(READY)
-	$(BIN)/ulysses-triton train --ranks $(RANKS) $(ARGS)
+	$(BIN)/ulysses-triton train $(if $(RANKS),--ranks $(RANKS)) $(ARGS)
 
 test: compiler headers lint
 	$(BIN)/pytest -m "not slow" $(ARGS)

@@ -130,7 +130,6 @@ def exchange_out(problem: Problem, group: UlyssesGroup, inputs: Inputs, rows: Te
 def exchange_out_backward(problem: Problem, group: UlyssesGroup, inputs: Inputs, dout: Tensor) -> Tensor:
     """The gradient of O in head layout, rows `[S, B, row]`."""
     run = _Run(problem, group, inputs)
-    run.placement = replace(run.placement, grad_out=run.placement.out)
     run.dout, run.out, run.dlse = dout, None, None
     run.all(schedule.OUT_BACKWARD)
     row = run.placement.out[0].rows[group.rank]
@@ -253,10 +252,7 @@ class _Run:
         message = self._messages(inbound, sections)[0]
         hop = self._open("exchange_grad_in", inbound, sections, [self._take(sum(message.receive))])
         rows = self._o_rows(hop.blocks[0], sections[0])
-        needs_delta = self.out is not None
-        if not needs_delta:
-            rows = [row._replace(stat=None) for row in rows]
-        self.local.pack_grad(self.dout, self.out, self.dlse, rows)
+        self.local.pack_grad(self.dout, self.out if self.problem.sends_delta else None, self.dlse, rows)
 
     def _attend_backward(self) -> None:
         p, rank = self.problem, self.group.rank

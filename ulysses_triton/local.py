@@ -105,20 +105,13 @@ def _aten_forward(
     causal: bool,
     heads: HeadMap,
 ) -> None:
-    """As the kernels' `attend_forward`, by PyTorch's flash kernel for CPUs, one kv head at a time (it knows no GQA)."""
-    for kv_head, (start, stop) in enumerate(_query_heads(q.size(2), k.size(2), heads)):
-        shape = (-1, stop - start, -1, -1)
-        o, log_sum = _aten._scaled_dot_product_flash_attention_for_cpu(
-            _bhsd(q[:, :, start:stop]),
-            _bhsd(k[:, :, kv_head : kv_head + 1]).expand(shape),
-            _bhsd(v[:, :, kv_head : kv_head + 1]).expand(shape),
-            0.0,
-            causal,
-            scale=scale,
-        )
-        _to_spans(out, 0, slice(start, stop), o)
+    """As the kernels' `attend_forward`, by PyTorch's flash kernel for CPUs; it knows no GQA."""
+    for mine, theirs in _parts(q.size(2), k.size(2), heads):
+        q_part, k_part, v_part = _expanded(q[:, :, mine], k[:, :, theirs], v[:, :, theirs])
+        o, log_sum = _aten._scaled_dot_product_flash_attention_for_cpu(q_part, k_part, v_part, 0.0, causal, scale=scale)
+        _to_spans(out, 0, mine, o)
         if lse is not None:
-            lse[start:stop].copy_(log_sum.transpose(0, 1))
+            lse[mine].copy_(log_sum.transpose(0, 1))
 
 
 def _aten_backward(
@@ -136,29 +129,34 @@ def _aten_backward(
     heads: HeadMap,
 ) -> None:
     """As the kernels' `attend_backward`, but with O in head layout in place of delta."""
-    for kv_head, (start, stop) in enumerate(_query_heads(q.size(2), k.size(2), heads)):
-        shape = (-1, stop - start, -1, -1)
+    for mine, theirs in _parts(q.size(2), k.size(2), heads):
         grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            _bhsd(do[:, :, start:stop]),
-            _bhsd(q[:, :, start:stop]),
-            _bhsd(k[:, :, kv_head : kv_head + 1]).expand(shape),
-            _bhsd(v[:, :, kv_head : kv_head + 1]).expand(shape),
-            _bhsd(o[:, :, start:stop]),
-            lse[start:stop].transpose(0, 1),
+            _bhsd(do[:, :, mine]),
+            *_expanded(q[:, :, mine], k[:, :, theirs], v[:, :, theirs]),
+            _bhsd(o[:, :, mine]),
+            lse[mine].transpose(0, 1),
             0.0,
             causal,
             scale=scale,
         )
-        _to_spans(dq, 0, slice(start, stop), grads[0])
+        _to_spans(dq, 0, mine, grads[0])
         for view, grad in enumerate(grads[1:]):
-            total = grad if stop - start == 1 else grad.sum(1, keepdim=True, dtype=torch.float32)
-            _to_spans(dkv, view, slice(kv_head, kv_head + 1), total)
+            total = grad if heads.group == 1 else grad.sum(1, keepdim=True, dtype=torch.float32)
+            _to_spans(dkv, view, theirs, total)
 
 
-def _query_heads(q_heads: int, kv_heads: int, heads: HeadMap) -> list[tuple[int, int]]:
-    """The local query heads that attend to each local kv head."""
+def _parts(q_heads: int, kv_heads: int, heads: HeadMap) -> list[tuple[slice, slice]]:
+    """Local query heads and the local kv heads that they attend to: all at once, or under GQA one kv head at a time."""
+    if heads.group == 1:
+        return [(slice(0, q_heads), slice(0, kv_heads))]
     starts = [max(0, j * heads.group - heads.offset) for j in range(kv_heads)]
-    return list(zip(starts, [*starts[1:], q_heads], strict=True))
+    stops = [*starts[1:], q_heads]
+    return [(slice(a, b), slice(j, j + 1)) for j, (a, b) in enumerate(zip(starts, stops, strict=True))]
+
+
+def _expanded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (-1, q.size(2), -1, -1)
+    return _bhsd(q), _bhsd(k).expand(shape), _bhsd(v).expand(shape)
 
 
 def _bhsd(rows: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ def place(problem: Problem) -> Placement:
         shared=shared,
         qkv=q_and_kv(1),
         out=output(problem.return_lse),
-        grad_out=output(True),
+        grad_out=output(problem.sends_delta),
         grad_qkv=q_and_kv(partial),
     )
 

@@ -69,6 +69,11 @@ class Problem:
         """Elements that one LSE or delta takes in a row: fp32 for all dtypes, fp64 for fp64."""
         return max(1, 4 // self.item_size)
 
+    @property
+    def sends_delta(self) -> bool:
+        """Whether delta travels with dO; PyTorch's kernel makes its own from O, and so may a user's callable."""
+        return self.attention not in ("aten", "callable")
+
     @cached_property
     def signature(self) -> str:
         """`name=value` pairs, the same text on every rank whose call is the same."""
