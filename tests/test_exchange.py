@@ -1,0 +1,146 @@
+"""One contract for all exchanges: whatever carries them, blocks arrive where they belong, in the order of the ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ulysses_triton import ExchangeError, UlyssesGroup, run_virtual
+from ulysses_triton.placement import Message
+
+
+def message(rank: int, sizes: list[list[int]]) -> Message:
+    """`sizes[a][b]` elements go from rank a to rank b; blocks lie in rank order at the receiver."""
+    ranks = range(len(sizes))
+    return Message(
+        send=tuple(sizes[rank]),
+        receive=tuple(sizes[a][rank] for a in ranks),
+        land=tuple(sum(sizes[a][b] for a in range(rank)) for b in ranks),
+    )
+
+
+UNEVEN = [[3, 0, 5], [1, 1, 1], [0, 4, 2]]
+NOTHING = [[0] * 3] * 3
+LARGE = [[50_000, 20_000, 1] for _ in range(3)]
+
+
+def filled(source: int, target: int, n: int, dtype: torch.dtype, hop: int) -> torch.Tensor:
+    """What travels from one rank to another in a hop: any bits, NaN patterns too."""
+    bits = torch.arange(n * dtype.itemsize, dtype=torch.int64) * 31 + 7 * source + 13 * target + 17 * hop
+    return bits.to(torch.uint8).view(dtype)
+
+
+def several_hops(group, dtype):
+    """Hops of several sections one after the other, with a hop of nothing between; returns what was wrong."""
+    wrong = []
+    for hop, sections in enumerate([[UNEVEN], [UNEVEN, LARGE], [NOTHING], [LARGE, NOTHING], [UNEVEN]]):
+        messages = [message(group.rank, sizes) for sizes in sections]
+        receive = [group.pool.take((sum(m.receive),), dtype, torch.device("cpu")) for m in messages]
+        opened = group.exchange.open(messages, receive, [None] * len(messages))
+        for blocks, m in zip(opened.blocks, messages, strict=True):
+            for target, (block, n) in enumerate(zip(blocks, m.send, strict=True)):
+                assert block.shape == (n,)
+                block.copy_(filled(group.rank, target, n, dtype, hop))
+        opened.start()
+        opened.finish()
+        for got, m in zip(receive, messages, strict=True):
+            expected = [filled(source, group.rank, n, dtype, hop) for source, n in enumerate(m.receive)]
+            if not torch.equal(got.view(torch.uint8), torch.cat(expected).view(torch.uint8)):
+                wrong.append((hop, got))
+        assert (opened.peers is not None) == group.exchange.one_sided
+    return wrong
+
+
+def several_hops_on_a_process(ctx, dtype):
+    with UlyssesGroup(ctx.group) as group:
+        assert group.exchange.name == "torch"
+        return several_hops(group, dtype)
+
+
+def on_exchange(name, pool, work, on_process, *arguments):
+    return run_virtual(3, lambda g: work(g, *arguments)) if name == "virtual" else pool.run(3, on_process, *arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["torch", "virtual"])
+def test_blocks_arrive_bit_for_bit(pool, name, dtype):
+    assert on_exchange(name, pool, several_hops, several_hops_on_a_process, dtype) == [[]] * 3
+
+
+def own_send_buffer(group):
+    """A send buffer of the caller's own is what travels, and is only read."""
+    m = message(group.rank, UNEVEN)
+    mine = torch.cat([filled(group.rank, target, n, torch.float32, 0) for target, n in enumerate(m.send)])
+    before = mine.clone()
+    receive = torch.empty(sum(m.receive))
+    hop = group.exchange.open([m], [receive], [mine])
+    if group.exchange.one_sided:
+        for block, part in zip(hop.blocks[0], torch.split(mine, list(m.send)), strict=True):
+            block.copy_(part)
+    hop.start()
+    hop.finish()
+    expected = torch.cat([filled(source, group.rank, n, torch.float32, 0) for source, n in enumerate(m.receive)])
+    same = torch.equal(mine.view(torch.int32), before.view(torch.int32))
+    return same and torch.equal(receive.view(torch.int32), expected.view(torch.int32))
+
+
+def own_send_buffer_on_a_process(ctx):
+    with UlyssesGroup(ctx.group) as group:
+        return own_send_buffer(group)
+
+
+@pytest.mark.parametrize("name", ["torch", "virtual"])
+def test_an_own_send_buffer_travels(pool, name):
+    assert all(on_exchange(name, pool, own_send_buffer, own_send_buffer_on_a_process))
+
+
+def gathers(group):
+    """Control messages: in rank order, all of them, apart from the data."""
+    for number in range(5):
+        found = group.control.gather(bytes([group.rank, number]))
+        if found != [bytes([rank, number]) for rank in range(group.size)]:
+            return found
+    group.control.tell(f"word of {group.rank}")
+    return group.control.hear(5.0) == {rank: f"word of {rank}" for rank in range(group.size)}
+
+
+def gathers_on_a_process(ctx):
+    with UlyssesGroup(ctx.group) as group:
+        return gathers(group)
+
+
+@pytest.mark.parametrize("name", ["torch", "virtual"])
+def test_control_messages(pool, name):
+    assert on_exchange(name, pool, gathers, gathers_on_a_process) == [True] * 3
+
+
+def groups_again_and_again(ctx):
+    """Groups over the same ranks, one after the other and two at once: none meets another's messages."""
+    for _ in range(10):
+        with UlyssesGroup(ctx.group) as first, UlyssesGroup(ctx.group) as second:
+            assert first.name != second.name
+            assert several_hops(first, torch.float32) == several_hops(second, torch.float32) == []
+            assert second.control.gather(b"b") == [b"b"] * 3 and first.control.gather(b"a") == [b"a"] * 3
+    if ctx.rank < 2:  # a rank that is in more groups than its peers
+        dist.new_group([0, 1], use_local_synchronization=True)
+    with UlyssesGroup(ctx.group) as third:
+        return third.control.gather(b"c") == [b"c"] * 3
+
+
+def test_groups_can_be_made_again(pool):
+    assert pool.fresh(3, groups_again_and_again) == [True] * 3
+
+
+def test_a_virtual_rank_that_does_not_arrive_is_named():
+    def work(group):
+        m = message(group.rank, UNEVEN)
+        with group.step("exchange_in"):
+            hop = group.exchange.open([m], [torch.empty(sum(m.receive))], [None])
+            if group.rank == 2:
+                return
+            hop.start()
+            hop.finish()
+
+    with pytest.raises(ExchangeError, match=r"waiting for ranks \[2\].*no word from ranks \[2\]"):
+        run_virtual(3, work, timeout=0.5)

@@ -1,0 +1,33 @@
+"""What README shows runs as it stands."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_example_runs_under_torchrun(tmp_path):
+    (source,) = re.findall(r"```python\n(import torch, .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "example.py").write_text(source)
+    assert len(source.splitlines()) <= 12
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "example.py"]
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    said = sorted(re.findall(r"rank \d: out \[.*?\], dq \[.*?\]", done.stdout))  # ranks write at once, also on one line
+    assert said == [f"rank {r}: out [1, 1024, 8, 64], dq [1, 1024, 8, 64]" for r in range(4)]
+
+
+def test_the_two_commands_are_make_targets():
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {"train", "test"} <= set(targets)
+    assert re.findall(r"^make (\w+) ", (ROOT / "README.md").read_text(), re.MULTILINE) == ["train", "test"]
+    assert re.search(r"^exec make .*\btest\b", (ROOT / ".ci/run").read_text(), re.MULTILINE)
