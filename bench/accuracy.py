@@ -92,9 +92,8 @@ def main() -> int:
                 )
                 limits = [LIMIT_FP32] * 4 if dtype == torch.float32 else [2 * p for p in peer]
                 held &= all(e <= limit for e, limit in zip(errors, limits, strict=True))
-    print(
-        f"fp32 at most {LIMIT_FP32:g}, bf16 and fp16 at most twice PyTorch's own: {'holds' if held else 'DOES NOT HOLD'}"
-    )
+    verdict = "holds" if held else "DOES NOT HOLD"
+    print(f"fp32 at most {LIMIT_FP32:g}, bf16 and fp16 at most twice PyTorch's own: {verdict}")
     return 0 if held else 1
 
 
