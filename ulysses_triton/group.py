@@ -308,17 +308,22 @@ def resolve(group: Groupish) -> UlyssesGroup:
 
     One made here is closed when its process group has been destroyed, at the next call, or at exit.
     """
-    if isinstance(group, UlyssesGroup):
-        return group
+    return group if isinstance(group, UlyssesGroup) else by_name(_implicit(group))
+
+
+@torch.compiler.assume_constant_result
+def _implicit(group: dist.ProcessGroup | DeviceMesh | None) -> str:
+    """The name of the group made for a process group; while a graph is traced it is made, not traced."""
+    group = getattr(group, "real_obj", group)  # what Dynamo wraps a process group in
     found = process_group(group)
     for known in list(_GROUPS.values()):
         if known.implicit and known.process_group is found:
-            return known
+            return known.name
         if known.implicit and known.process_group not in (None, *dist.distributed_c10d._world.pg_map):
             known.close()
     made = UlyssesGroup(found)
     made.implicit, made.default = True, group is None
-    return made
+    return made.name
 
 
 @atexit.register

@@ -103,12 +103,15 @@ class Placement:
         )
 
 
-@lru_cache(maxsize=256)
 def place(problem: Problem) -> Placement:
     """The placement of a problem on its `len(lens)` ranks.
 
     Raises ShapeError when the ranks do not divide the query heads.
     """
+    return _placed(problem) if problem.concrete else _place(problem)
+
+
+def _place(problem: Problem) -> Placement:
     ranks, group = problem.ranks, problem.heads // problem.kv_heads
     if problem.heads % ranks:
         fitting = [n for n in range(1, problem.heads + 1) if problem.heads % n == 0]
@@ -151,6 +154,9 @@ def place(problem: Problem) -> Placement:
         grad_out=output(problem.sends_delta),
         grad_qkv=q_and_kv(partial),
     )
+
+
+_placed = lru_cache(maxsize=256)(_place)
 
 
 def _row(parts: list[tuple[str, int, int, int]]) -> Row:

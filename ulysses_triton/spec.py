@@ -70,6 +70,12 @@ class Problem:
         return max(1, 4 // self.item_size)
 
     @property
+    def concrete(self) -> bool:
+        """Whether all sizes are numbers; in a graph traced with dynamic shapes they are symbols, which do not hash."""
+        sizes = (*self.lens, *self.kv_lens, self.batch, self.heads, self.kv_heads, self.head_dim, self.value_dim)
+        return all(isinstance(n, int) for n in sizes)
+
+    @property
     def sends_delta(self) -> bool:
         """Whether delta travels with dO; PyTorch's kernel makes its own from O, and so may a user's callable."""
         return self.attention not in ("aten", "callable")
