@@ -34,8 +34,19 @@ def environment() -> dict[str, str]:
 def start(*arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     command = [sys.executable, *launcher, "-m", "ulysses_triton.cli", "train", *TINY, *map(str, arguments)]
     return subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=take_interrupts,
     )
+
+
+def take_interrupts() -> None:
+    """As in a terminal: a suite that itself runs in the background was started with SIGINT ignored, and hands that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 120) -> tuple[int, str, str]:
