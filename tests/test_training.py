@@ -45,7 +45,7 @@ def start(*arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.Pope
 
 
 def take_interrupts() -> None:
-    """As in a terminal: a suite that itself runs in the background was started with SIGINT ignored, and hands that on."""
+    """As in a terminal: a suite that runs in the background was started with SIGINT ignored, and would hand that on."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
