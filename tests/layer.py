@@ -18,7 +18,8 @@ from ulysses_triton import ulysses_attention, ulysses_qkv_attention
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 TOLERANCE = {"fp32": 2e-6, "fp64": 1e-13}  # relative, by norm; bf16 and fp16 are held against PyTorch's own error
-FLOOR = 2e-4  # for bf16 and fp16: what PyTorch's error may be at least, where a result has few elements
+FLOOR = 2e-4  # for bf16 and fp16: what an error may always be
+FEW = 2048  # elements
 
 
 @dataclass(frozen=True)
@@ -190,23 +191,30 @@ def joined(case: Case, results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def check(case: Case, results: list[dict[str, Tensor]]) -> None:
-    """Hold all ranks' results against fp64, at the tolerance of the dtype."""
+    """Hold all ranks' results against fp64: fp32 by a fixed tolerance, bf16 and fp16 by twice PyTorch's own error.
+
+    In few elements it is luck which of two errors is larger, and dq and dk may nearly cancel; such results may also be
+    off by one unit in the last place of numbers of the size that they are sums of.
+    """
     expected = truth(case)
+    dtype = DTYPES[case.dtype]
     low = case.dtype in ("bf16", "fp16")
-    peer = truth(case, DTYPES[case.dtype]) if low else {}
+    peer = truth(case, dtype) if low else {}
+    summand = expected["dv"].norm() / max(1, expected["dv"].numel()) ** 0.5
     errors = {}
     for name, result in joined(case, results).items():
         want = expected[name]
         assert result.shape == want.shape, f"{name}: shape {list(result.shape)}, expected {list(want.shape)}"
         finite = torch.isfinite(want)
         assert torch.equal(result[~finite].double(), want[~finite]), f"{name}: not -inf where no key is attended"
-        allowed = TOLERANCE[case.dtype] if not low else FLOOR
-        if low and name in peer and peer[name].numel():
-            allowed = max(allowed, 2 * oracle.relative_error(peer[name], want))
-        error = oracle.relative_error(result[finite], want[finite])
-        if want[finite].norm() < 1e-6 * want.numel() ** 0.5:  # a true zero, such as dq of a query with one key
-            error = (result[finite].double() - want[finite]).abs().max().item() if finite.any() else 0.0
-        if error > allowed:
+        want = want[finite]
+        size = max(want.norm().item(), (summand * want.numel() ** 0.5).item() if want.numel() < FEW else 0.0, 1e-30)
+        error = (result[finite].double() - want).norm().item() / size
+        allowed = TOLERANCE.get(case.dtype, FLOOR)
+        if low:
+            peer_error = (peer[name][finite].double() - want).norm().item() / size
+            allowed = max(2 * peer_error, torch.finfo(dtype).eps if want.numel() < FEW else FLOOR)
+        if not error <= allowed:
             errors[name] = f"{error:.3g} > {allowed:.3g}"
     assert not errors, f"{errors} for {case}"
 
