@@ -31,3 +31,13 @@ def test_the_two_commands_are_make_targets():
     assert {"train", "test"} <= set(targets)
     assert re.findall(r"^make (\w+) ", (ROOT / "README.md").read_text(), re.MULTILINE) == ["train", "test"]
     assert re.search(r"^exec make .*\btest\b", (ROOT / ".ci/run").read_text(), re.MULTILINE)
+
+
+def test_every_name_that_the_guides_import_exists():
+    import ulysses_triton
+
+    text = (ROOT / "README.md").read_text() + (ROOT / "MIGRATING.md").read_text()
+    lines = re.findall(r"from ulysses_triton import ([\w, ]+)", text)
+    names = {name.strip() for line in lines for name in line.split(",")}
+    assert {"ulysses_attention", "shard_sequence", "token_mean"} <= names
+    assert [name for name in names if not hasattr(ulysses_triton, name)] == []
