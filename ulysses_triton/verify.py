@@ -151,15 +151,18 @@ def timed(
     return Times(*(statistics.median(column) * 1e3 for column in seconds[1:].T.tolist()))
 
 
-def time_sdpa(case: Case, inputs: Inputs, repeats: int) -> Times:
-    """PyTorch's own attention over the whole sequence on this device, without the norm and RoPE."""
+def time_sdpa(case: Case, inputs: Inputs, repeats: int) -> Times | None:
+    """PyTorch's own attention over the whole sequence on this device, without norm and RoPE; None if it does not fit."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs[:3]]
-    return timed(
-        lambda: truth.sdpa(leaves[0], leaves[1], leaves[2], causal=case.causal, scale=case.scale),
-        lambda out: torch.autograd.grad(out, leaves, inputs.dout),
-        repeats,
-        alone=True,
-    )
+    try:
+        return timed(
+            lambda: truth.sdpa(leaves[0], leaves[1], leaves[2], causal=case.causal, scale=case.scale),
+            lambda out: torch.autograd.grad(out, leaves, inputs.dout),
+            repeats,
+            alone=True,
+        )
+    except torch.OutOfMemoryError:
+        return None
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -290,11 +293,14 @@ def _verdict(case: Case, device: torch.device, found: list[Row], rows: Tensor) -
     return "\n".join(lines)
 
 
-def _timings(case: Case, ours: Times, sdpa: Times, repeats: int) -> str:
+def _timings(case: Case, ours: Times, sdpa: Times | None, repeats: int) -> str:
     ranks = f"{case.ranks} rank{'s' * (case.ranks > 1)}"
     lines = ["", f"{f'ms, median of {repeats}':28} {'forward':>9} {'backward':>9}"]
     for name, t in ((f"this library, {ranks}", ours), ("PyTorch's SDPA, one device", sdpa)):
-        lines.append(f"{name:28} {t.forward:9.2f} {t.backward:9.2f}")
+        numbers = "does not fit into memory" if t is None else f"{t.forward:9.2f} {t.backward:9.2f}"
+        lines.append(f"{name:28} {numbers}")
+    if sdpa is None:
+        return "\n".join(lines)
     lines += ["SDPA is timed without QK-norm and RoPE"] * case.fused
     lines += ["SDPA's time includes repeating the kv heads"] * (case.heads > case.kv_heads)
     return "\n".join(lines)
