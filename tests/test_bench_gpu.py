@@ -12,12 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu
-from bench._data import Kernels
-from bench._record import commit
 from ulysses_triton.kernels import _config, attend_forward, pack
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the benches are in no package that is installed
+
+from bench import gpu  # noqa: E402
+from bench._data import Kernels  # noqa: E402
+from bench._record import commit  # noqa: E402
+
+sys.path.remove(str(ROOT))  # where `kernels` would pass for another project's package
+
 PARTS = ("check", "move", "attend", "layer")
 DRY_RUN = """
 import sys

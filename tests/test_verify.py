@@ -106,6 +106,11 @@ def test_one_rank_holds(attention: str, options: list[str], capsys: pytest.Captu
     assert ("drawn at random" in said) is ("--rows" in options)
 
 
+def test_fp64_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", *SMALL, "--dtype", "fp64", "--rope", "--qk-norm"]) == 0
+    assert all(allowed == 1e-13 for _, allowed, _ in table(capsys.readouterr().out).values())
+
+
 def test_rows_that_were_not_drawn_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error in dq of a row outside of the sample shows all the same, because it must be zero there."""
     from ulysses_triton import verify

@@ -148,7 +148,8 @@ class Layer:
         self.leaves = [x.clone().requires_grad_() for x in shards]
         self.dout = inputs.dout[:, part].contiguous()
         angles = None if inputs.angles is None else inputs.angles[part].double()
-        self.rope = None if angles is None else (angles.cos().float(), angles.sin().float())
+        wide = torch.float64 if case.dtype == "fp64" else torch.float32
+        self.rope = None if angles is None else (angles.cos().to(wide), angles.sin().to(wide))
 
     def forward(self) -> Tensor:
         case = self.case

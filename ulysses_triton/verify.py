@@ -152,7 +152,7 @@ def timed(
 
 
 def time_sdpa(case: Case, inputs: Inputs, repeats: int) -> Times | None:
-    """PyTorch's own attention over the whole sequence on this device, without norm and RoPE; None if it does not fit."""
+    """PyTorch's attention over the whole sequence on this device, without norm and RoPE; None if it does not fit."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs[:3]]
     try:
         return timed(
