@@ -41,7 +41,20 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "exchange.virtual",
     ),
     "engine": ("call", "executor", "group", "halves", "local", "op"),
-    "face": ("", "__main__", "api", "cli", "cost", "shard", "tuning", "integrations.*", "training.*"),  # "": __init__
+    "face": (
+        "",  # __init__
+        "__main__",
+        "api",
+        "case",
+        "cli",
+        "cost",
+        "shard",
+        "truth",
+        "tuning",
+        "verify",
+        "integrations.*",
+        "training.*",
+    ),
 }
 WITHOUT_TORCH = ("errors", "placement", "schedule", "spec")  # pure Python, but for types
 OPTIONAL = {"accelerate", "cupy", "kernels", "matplotlib", "tqdm", "transformers"}

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from . import verify
 from .errors import OptionError, UlyssesError
 from .training import data, launch, loop, report, run_directory
 from .training.config import ModelConfig, TrainConfig
@@ -30,14 +31,14 @@ The run directory receives config.json, metrics.csv (one line per step) and loss
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 if a rank died, 2 for a mistake in what was asked, 130 on Ctrl-C.
+    """Run one command; returns the exit status: 0, 1 if a rank died or what is verified does not hold, 2 for a mistake
+    in what was asked, 130 on Ctrl-C.
 
     In a process that torchrun started it does not return: it ends the process with that status.
     """
     arguments = _parser().parse_args(argv)
     try:
-        arguments.command(arguments)
-        status = 0
+        status = arguments.command(arguments) or 0
     except KeyboardInterrupt:
         print("ulysses-triton: interrupted; all ranks were stopped", file=sys.stderr)
         status = 130
@@ -60,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_train(commands)
+    verify.add_command(commands)
     return parser
 
 

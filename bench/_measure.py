@@ -1,0 +1,77 @@
+"""Time of a call on a device, with what it works on out of the caches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+COLD_BYTES = 2 << 30  # written before each timed call: many times an L2, and it lets the host run ahead of the device
+COPY_BYTES = 4 << 30
+WARM_UP = 3
+
+
+class Timing(NamedTuple):
+    """Milliseconds at three quantiles of so many repeats."""
+
+    p20: float
+    p50: float
+    p80: float
+    repeats: int
+
+    def rate(self, work: float) -> float:
+        """`work` per second at the median, in units of 10^9."""
+        return work / (self.p50 * 1e6)
+
+
+class Stopwatch:
+    """Times calls on one device by its events; of a dry run on a CPU, by the clock, and only to have run it all."""
+
+    def __init__(self, device: torch.device, *, dry: bool) -> None:
+        self.device, self.dry = device, dry
+        self._cold = torch.empty(1 << 10 if dry else COLD_BYTES, dtype=torch.uint8, device=device)
+
+    def time(self, call: Callable[[], object], *, seconds: float = 0.3, least: int = 7, most: int = 60) -> Timing:
+        """Repeat `call` for about so many seconds, but at least and at most so many times, after a warm-up."""
+        if self.dry:
+            return quantiles([self._on_clock(call)])
+        for _ in range(WARM_UP):
+            call()
+        torch.cuda.synchronize(self.device)
+        begin = time.perf_counter()
+        call()
+        torch.cuda.synchronize(self.device)
+        repeats = max(least, min(most, int(seconds / max(time.perf_counter() - begin, 1e-6))))
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        for start, stop in pairs:
+            self._cold.zero_()
+            start.record()
+            call()
+            stop.record()
+        torch.cuda.synchronize(self.device)
+        return quantiles([start.elapsed_time(stop) for start, stop in pairs])
+
+    def copy_bandwidth(self) -> float:
+        """GB/s of a large copy on the device, bytes read and bytes written."""
+        size = 1 << 16 if self.dry else COPY_BYTES
+        source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        return self.time(lambda: target.copy_(source), most=20).rate(2 * size)
+
+    def matmul_rate(self) -> float:
+        """TFLOP/s of a large matrix product in bf16 on random data."""
+        n = 64 if self.dry else 8192
+        a, b = (torch.randn(n, n, device=self.device).bfloat16() for _ in range(2))
+        return self.time(lambda: a @ b, most=20).rate(2.0 * n**3) / 1e3
+
+    def _on_clock(self, call: Callable[[], object]) -> float:
+        begin = time.perf_counter()
+        call()
+        return (time.perf_counter() - begin) * 1e3
+
+
+def quantiles(milliseconds: list[float]) -> Timing:
+    p20, p50, p80 = torch.tensor(milliseconds).double().quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
+    return Timing(p20, p50, p80, len(milliseconds))

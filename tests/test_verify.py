@@ -1,0 +1,151 @@
+"""`ulysses-triton verify`: it holds, it notices an op that does not, and wrong use has an exit status of its own."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import oracle
+import pytest
+import torch
+
+from ulysses_triton import cli, truth
+from ulysses_triton.case import Case, draw, exact
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = "--tokens 45 --heads 4 --kv-heads 2 --head-dim 16 --repeats 1".split()
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--local-addr", "127.0.0.1", "--standalone")
+
+# The command, with rows that arrive from another rank off by a little.
+BROKEN = """
+import sys
+from ulysses_triton import cli, executor
+
+right = executor._Run._unpack
+
+def wrong(self):
+    right(self)
+    self.out[:, -1] *= 1.001
+
+executor._Run._unpack = wrong
+sys.exit(cli.main(["verify", *sys.argv[1:]]))
+"""
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "WORLD_SIZE")}
+    environment = kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def table(text: str) -> dict[str, tuple[float, float, bool]]:
+    lines = re.findall(r"^(\w+) +(\S+) +(\S+)  (yes|NO)$", text, re.MULTILINE)
+    return {name: (float(error), float(allowed), ok == "yes") for name, error, allowed, ok in lines}
+
+
+def test_it_holds_on_two_ranks() -> None:
+    options = ["--dtype", "bf16", "--uneven", "--rope", "--qk-norm", "--recompute"]
+    process = run(*TORCHRUN, "-m", "ulysses_triton.cli", "verify", *SMALL, *options)
+    assert process.returncode == 0, process.stdout + process.stderr
+    found = table(process.stdout)
+    assert list(found) == ["out", "dq", "dk", "dv", "dq_norm", "dk_norm"]
+    assert all(0 < error <= allowed and ok for error, allowed, ok in found.values())
+    assert "in shards of 15, 30" in process.stdout and "all 45 query rows" in process.stdout
+    assert "this library, 2 ranks" in process.stdout and "one device" in process.stdout
+    assert "exchange: torch" in process.stdout and process.stdout.count("It holds.") == 1
+
+
+def test_a_wrong_op_does_not_hold() -> None:
+    """Both ranks leave with 1, as torchrun's report says of the first one to fail."""
+    process = run(*TORCHRUN, "--no-python", sys.executable, "-c", BROKEN, *SMALL)
+    assert process.returncode == 1
+    found = table(process.stdout)
+    assert not found["out"][2] and found["dv"][2]
+    assert "It does NOT hold." in process.stdout and "SDPA" not in process.stdout
+    assert set(re.findall(r"exitcode *: (-?\d+)", process.stderr)) == {"1"}, process.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--heads", "3"], "cannot share 2 kv heads"),
+        (["--head-dim", "12"], "multiple of 8"),
+        (["--tokens", "0"], "--tokens 0; it must be at least 1"),
+        (["--value-dim", "24", "--rope"], "equal --head-dim and --value-dim"),
+        (["--rows", "0"], "--rows 0"),
+        (["--dtype", "int8"], "invalid choice"),
+    ],
+    ids=["heads", "head-dim", "tokens", "rope", "rows", "dtype"],
+)
+def test_wrong_use_is_2(options: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        status = cli.main(["verify", *SMALL, *options])
+    except SystemExit as error:  # argparse's own
+        status = error.code
+    assert status == 2 and reason in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", *SMALL, "--device", "cuda"]) == 2
+    assert "no GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("attention", ["reference", "aten"])
+@pytest.mark.parametrize("options", [[], ["--no-causal"], ["--rope"], ["--rows", "7"]], ids=" ".join)
+def test_one_rank_holds(attention: str, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", *SMALL, "--attention", attention, *options]) == 0
+    said = capsys.readouterr().out
+    assert len(table(said)) == 4 and f"attention: {attention}" in said
+    assert ("drawn at random" in said) is ("--rows" in options)
+
+
+def test_fp64_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", *SMALL, "--dtype", "fp64", "--rope", "--qk-norm"]) == 0
+    assert all(allowed == 1e-13 for _, allowed, _ in table(capsys.readouterr().out).values())
+
+
+def test_rows_that_were_not_drawn_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error in dq of a row outside of the sample shows all the same, because it must be zero there."""
+    from ulysses_triton import verify
+
+    case = Case(40, 1, 4, 2, 16, 16)
+    inputs, rows = draw(case, torch.device("cpu")), torch.tensor([0, 11, 39])
+    some = inputs.zero_but(rows)
+    everything = exact(case, some, torch.arange(40))
+    right = {name: x.clone() for name, x in everything.items()}
+    assert all(row.ok for row in verify.compare(case, 0, right, some, rows))
+    right["dq"][0, 20, 1, 3] = 1e-3
+    right["out"][0, 5, 0, 0] = math.nan
+    assert {row.name for row in verify.compare(case, 0, right, some, rows) if not row.ok} == {"dq", "out"}
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "dense"])
+def test_truth_is_the_oracle(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In many small blocks, against scores all at once and autograd."""
+    monkeypatch.setattr(truth, "BLOCK_BYTES", 8 * 2 * 30 * 7)
+    q, k, v, dout = (torch.randn(2, 30, h, 8, dtype=torch.float64).requires_grad_() for h in (4, 2, 2, 4))
+    out, lse = oracle.attention(q, k, v, causal=causal, scale=0.3)
+    dlse = torch.randn_like(lse)
+    grads = torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))
+    found = truth.attention(*(x.detach() for x in (q, k, v, dout)), causal=causal, scale=0.3, dlse=dlse)
+    for got, want in zip(found, (out, lse, *grads), strict=True):
+        assert truth.relative_error(got, want.detach()) < 1e-14
+    rows = torch.tensor([3, 4, 29])
+    some = truth.attention(
+        q.detach()[:, rows], k.detach(), v.detach(), dout.detach()[:, rows], causal=causal, scale=0.3, rows=rows
+    )
+    assert truth.relative_error(some.out, out.detach()[:, rows]) < 1e-14
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+def test_rotation_is_the_oracle(interleaved: bool) -> None:
+    x, angles = torch.randn(2, 9, 3, 16, dtype=torch.float64), torch.rand(9, 6, dtype=torch.float64)
+    got = truth.rotate(x, angles, interleaved=interleaved)
+    assert truth.relative_error(got, oracle.rope(x, angles, interleaved)) < 1e-15

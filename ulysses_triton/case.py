@@ -1,0 +1,221 @@
+"""One layer as a case: its inputs for the whole sequence, the op on a rank's shard of them, and what it should give.
+
+`exact` is the layer on one device in fp64, `peer` the same by PyTorch's own attention in the case's dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import truth
+from .api import ulysses_attention, ulysses_qkv_attention
+from .errors import OptionError
+from .group import UlyssesGroup
+from .local import choose
+from .placement import place
+from .shard import shard_lens
+from .spec import Problem
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+EPS = 1e-6  # of QK-norm
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer, in whole-model numbers."""
+
+    tokens: int = 2048
+    batch: int = 1
+    heads: int = 8
+    kv_heads: int = 2
+    head_dim: int = 64
+    value_dim: int = 64
+    dtype: str = "fp32"
+    causal: bool = True
+    uneven: bool = False
+    recompute: bool = False
+    attention: str = "auto"
+    rope: bool = False
+    qk_norm: bool = False
+    ranks: int = 1
+    seed: int = 0
+
+    @property
+    def fused(self) -> bool:
+        """Whether it goes through `ulysses_qkv_attention`."""
+        return self.rope or self.qk_norm
+
+    @property
+    def lens(self) -> tuple[int, ...]:
+        """Shard lengths; uneven ones are in the proportions 1 : 2 : 3 ..."""
+        if not self.uneven:
+            return shard_lens(self.tokens, self.ranks)
+        cuts = [self.tokens * r * (r + 1) // (self.ranks * (self.ranks + 1)) for r in range(self.ranks + 1)]
+        return tuple(b - a for a, b in zip(cuts, cuts[1:], strict=False))
+
+    @property
+    def scale(self) -> float:
+        return float(self.head_dim**-0.5)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    def shard(self, rank: int) -> slice:
+        """The tokens of a rank."""
+        return slice(sum(self.lens[:rank]), sum(self.lens[: rank + 1]))
+
+    def check(self, device: str) -> None:
+        """Raise the error of the first thing that is wrong with this layer on a device type."""
+        for name in ("tokens", "batch", "heads", "kv_heads", "head_dim", "value_dim"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"--{name.replace('_', '-')} {getattr(self, name)}; it must be at least 1")
+        if self.fused and self.value_dim != self.head_dim:
+            raise OptionError("--rope and --qk-norm need equal --head-dim and --value-dim: q, k and v are one tensor")
+        found = Problem(
+            batch=self.batch, lens=self.lens, kv_lens=self.lens, heads=self.heads, kv_heads=self.kv_heads,
+            head_dim=self.head_dim, value_dim=self.value_dim, dtype=str(self.torch_dtype).removeprefix("torch."),
+            device=device, causal=self.causal, scale=self.scale, rope_dim=self.head_dim if self.rope else 0,
+            q_norm=self.qk_norm, k_norm=self.qk_norm, attention=self.attention, recompute=self.recompute, grad=True,
+        )  # fmt: skip
+        found.check()
+        place(found)
+        choose(found)
+
+    def __str__(self) -> str:
+        lens = f"{self.lens[0]} each" if len(set(self.lens)) == 1 else f"in shards of {', '.join(map(str, self.lens))}"
+        dims = f"{self.head_dim}" if self.head_dim == self.value_dim else f"{self.head_dim} and {self.value_dim}"
+        marks = ["causal" if self.causal else "not causal"]
+        marks += ["QK-norm"] * self.qk_norm + ["RoPE"] * self.rope + ["recompute"] * self.recompute
+        return (
+            f"{self.tokens} tokens on {self.ranks} rank{'s' * (self.ranks > 1)}, {lens}; batch {self.batch}; "
+            f"{self.heads} query and {self.kv_heads} kv heads of {dims}; {self.dtype}; {', '.join(marks)}"
+        )
+
+
+class Inputs(NamedTuple):
+    """The whole sequence; equal on every rank."""
+
+    q: Tensor  # [B, S, Hq, D]
+    k: Tensor  # [B, S, Hkv, D]
+    v: Tensor  # [B, S, Hkv, Dv]
+    dout: Tensor  # [B, S, Hq, Dv]
+    angles: Tensor | None  # [S, D / 2]
+    q_norm: Tensor | None  # [D]
+    k_norm: Tensor | None  # [D]
+
+    def zero_but(self, rows: Tensor) -> Inputs:
+        """With a gradient of the output in these rows only."""
+        kept = torch.zeros_like(self.dout)
+        kept[:, rows] = self.dout[:, rows]
+        return self._replace(dout=kept)
+
+
+def draw(case: Case, device: torch.device) -> Inputs:
+    random = torch.Generator(device).manual_seed(case.seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, device=device).to(case.torch_dtype)
+
+    def angles() -> Tensor:
+        return torch.rand(case.tokens, case.head_dim // 2, generator=random, device=device) * 6
+
+    B, S, D, Dv = case.batch, case.tokens, case.head_dim, case.value_dim
+    q, k = normal(B, S, case.heads, D), normal(B, S, case.kv_heads, D)
+    v, dout = normal(B, S, case.kv_heads, Dv), normal(B, S, case.heads, Dv)
+    weights = [1 + normal(D) / 4 if case.qk_norm else None for _ in range(2)]
+    return Inputs(q, k, v, dout, angles() if case.rope else None, *weights)
+
+
+Results = dict[str, Tensor]
+
+
+class Layer:
+    """The op on one rank's shard, from inputs to gradients."""
+
+    def __init__(self, case: Case, inputs: Inputs, group: UlyssesGroup) -> None:
+        self.case, self.group = case, group
+        part = case.shard(group.rank)
+        shards = [x[:, part] for x in inputs[:3]]
+        if case.fused:
+            shards = [torch.cat([x.flatten(2) for x in shards], -1)]
+        weights = {"q_norm": inputs.q_norm, "k_norm": inputs.k_norm}
+        self.weights = {n: w.clone().requires_grad_() for n, w in weights.items() if w is not None}
+        self.leaves = [x.clone().requires_grad_() for x in shards]
+        self.dout = inputs.dout[:, part].contiguous()
+        angles = None if inputs.angles is None else inputs.angles[part].double()
+        wide = torch.float64 if case.dtype == "fp64" else torch.float32
+        self.rope = None if angles is None else (angles.cos().to(wide), angles.sin().to(wide))
+
+    def forward(self) -> Tensor:
+        case = self.case
+        lens = case.lens if len(set(case.lens)) > 1 else None
+        recompute = "exchange" if case.recompute else None
+        if case.fused:
+            out = ulysses_qkv_attention(
+                self.leaves[0], self.group, heads=case.heads, kv_heads=case.kv_heads, rope=self.rope,
+                norm_eps=EPS, causal=case.causal, lens=lens, attention=case.attention, recompute=recompute,
+                q_norm=self.weights.get("q_norm"), k_norm=self.weights.get("k_norm"),
+            )  # fmt: skip
+        else:
+            q, k, v = self.leaves
+            out = ulysses_attention(
+                q, k, v, self.group, causal=case.causal, lens=lens, attention=case.attention, recompute=recompute
+            )
+        assert isinstance(out, Tensor)
+        return out
+
+    def backward(self, out: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out, [*self.leaves, *self.weights.values()], self.dout)
+
+    def results(self) -> Results:
+        """out and all gradients of this rank's shard; of the norms' weights, this rank's share."""
+        case = self.case
+        out = self.forward()
+        grads = self.backward(out)
+        qkv = grads[: len(self.leaves)]
+        if case.fused:
+            sizes = [case.heads * case.head_dim, case.kv_heads * case.head_dim, case.kv_heads * case.value_dim]
+            qkv = tuple(g.unflatten(-1, (-1, case.head_dim)) for g in qkv[0].split(sizes, -1))
+        named = zip(("dq", "dk", "dv"), qkv, strict=True)
+        norms = zip((f"d{n}" for n in self.weights), grads[len(self.leaves) :], strict=True)
+        return {"out": out.detach(), **dict(named), **dict(norms)}
+
+
+def _moved(inputs: Inputs, rows: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """Leaves (q of the rows, k, v, norm weights) in `dtype`, and q and k after norm and RoPE."""
+    q, k, v = (x.to(dtype).requires_grad_() for x in (inputs.q[:, rows], inputs.k, inputs.v))
+    weights = [None if w is None else w.to(dtype).requires_grad_() for w in (inputs.q_norm, inputs.k_norm)]
+    angles = inputs.angles
+    moved = [
+        truth.rotate(truth.rms_norm(q, weights[0], EPS), None if angles is None else angles[rows]),
+        truth.rotate(truth.rms_norm(k, weights[1], EPS), angles),
+    ]
+    return [q, k, v, *(w for w in weights if w is not None)], moved
+
+
+def exact(case: Case, inputs: Inputs, rows: Tensor) -> Results:
+    """In fp64: out and dq of the rows, and the gradients of the rest of the layer for these rows' dout."""
+    leaves, moved = _moved(inputs, rows, torch.float64)
+    q, k = (x.detach() for x in moved)
+    found = truth.attention(q, k, inputs.v, inputs.dout[:, rows], causal=case.causal, scale=case.scale, rows=rows)
+    grads = [found.dq, found.dk]
+    if case.fused:
+        grads = list(torch.autograd.grad(moved, leaves[:2] + leaves[3:], grads))
+    named = {"out": found.out, "dq": grads[0], "dk": grads[1], "dv": found.dv}
+    return named | dict(zip(("dq_norm", "dk_norm"), grads[2:], strict=False))
+
+
+def peer(case: Case, inputs: Inputs) -> Results:
+    """The whole layer by PyTorch's own attention in the case's dtype; norm and RoPE in fp32, rounded once, as ours."""
+    everything = torch.arange(case.tokens, device=inputs.q.device)
+    leaves, moved = _moved(inputs, everything, torch.float32 if case.fused else case.torch_dtype)
+    q, k, v = (x.to(case.torch_dtype) for x in (*moved, leaves[2]))
+    out = truth.sdpa(q, k, v, causal=case.causal, scale=case.scale)
+    grads = (g.to(case.torch_dtype) for g in torch.autograd.grad(out, leaves, inputs.dout))
+    names = ("dq", "dk", "dv", "dq_norm", "dk_norm")
+    return {"out": out.detach(), **dict(zip(names, grads, strict=False))}
