@@ -129,10 +129,11 @@ def test_every_exchange_gives_the_same_bits(pool):
         Case((6, 6, 6, 6, 6, 6), 12, 4, dim=8, value_dim=8, dtype="fp32"),
         Case((6, 6), 10, 5, dim=8, value_dim=8, dtype="fp32", attention=sdpa),
         Case((6, 6), 12, 3, dim=8, value_dim=8, dtype="fp32", attention=sdpa),
+        Case((6, 3), 4, 2, kv_lens=(0, 11), dim=8, value_dim=24, dtype="fp32", batch=2, attention=sdpa),
     ],
     ids=[
         "one token", "empty ranks", "no keys", "no queries", "masked rows", "D 256", "MLA dims", "uneven kv",
-        "callable GQA", "callable uneven kv",
+        "callable GQA", "callable uneven kv", "callable cross",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("attention", ["reference", "triton"])

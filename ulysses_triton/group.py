@@ -76,7 +76,7 @@ class UlyssesGroup:
         if self.process_group is not None and self.process_group.size() > 1:
             self.devices = _devices(self.process_group)
             self.control = GlooControl(self.process_group, timeout)
-            self.exchange = TorchExchange(self.process_group, self.pool, timeout, on_cpu="cuda" not in self.devices)
+            self.exchange = TorchExchange(self.process_group, self.pool, timeout)
             self._why = f"{exchange}: any process group can carry it"
         else:
             member = group if isinstance(group, VirtualMember) else VirtualWorld(1).member(0)

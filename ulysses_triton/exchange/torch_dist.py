@@ -45,8 +45,8 @@ class TorchHop:
             self._works.append(work)
 
     def finish(self) -> None:
-        for work in self._works:
-            if self._exchange.on_cpu:
+        for work, receive in zip(self._works, self._receive, strict=True):
+            if receive.device.type == "cpu":
                 work.wait(self._exchange.timeout)
             else:
                 work.wait()  # only orders the streams; the process group's own watchdog has the deadline
@@ -58,10 +58,9 @@ class TorchExchange:
     name = "torch"
     one_sided = False
 
-    def __init__(self, group: dist.ProcessGroup, pool: Pool, timeout: timedelta, *, on_cpu: bool) -> None:
+    def __init__(self, group: dist.ProcessGroup, pool: Pool, timeout: timedelta) -> None:
         self.group = group
         self.timeout = timeout
-        self.on_cpu = on_cpu
         self._pool = pool
 
     def open(self, messages: Sequence[Message], receive: Sequence[Tensor], send: Sequence[Tensor | None]) -> TorchHop:
