@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from .. import UlyssesGroup, ulysses_qkv_attention
 from .config import ModelConfig
@@ -51,6 +52,8 @@ class Attention(nn.Module):
             lens=lens,
         )  # [B, L, heads, head_dim]
         assert isinstance(attended, torch.Tensor)  # a pair only with `return_lse`
+        if self.config.zero_attention:
+            attended = attended * 0
         return self.out(attended.flatten(2))
 
 
@@ -68,14 +71,33 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer. With `recompute` it keeps only its input for backward.
+
+    The recomputation is inside the module, so that FSDP's hooks, which gather the parameters, are around it.
+    """
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.recompute = False
         self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.attention = Attention(config)
         self.feed_forward_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.feed_forward = SwiGLU(config)
 
     def forward(
+        self,
+        x: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        group: UlyssesGroup,
+        lens: Sequence[int] | None,
+    ) -> torch.Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(
+                self._forward, x, rope, group, lens, use_reentrant=False, preserve_rng_state=False
+            )  # no random numbers here
+        return self._forward(x, rope, group, lens)
+
+    def _forward(
         self,
         x: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor],
