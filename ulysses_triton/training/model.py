@@ -18,7 +18,6 @@ from .config import ModelConfig
 
 VOCABULARY = 256
 Q_GAIN = 4.0  # normalised queries and keys alone cannot tell one key among thousands from the others
-OUTPUT_SCALE = 0.3  # of the projections that end a residual branch
 
 
 class Attention(nn.Module):
@@ -121,16 +120,10 @@ class LanguageModel(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Fan-in initialisation; projections that end a residual branch, and the head, start smaller."""
+        """Fan-in initialisation. (Smaller output projections, once tried, learnt more slowly.)"""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
-        with torch.no_grad():
-            for block in self.blocks:
-                assert isinstance(block, Block)
-                block.attention.out.weight *= OUTPUT_SCALE
-                block.feed_forward.down.weight *= OUTPUT_SCALE
-            self.head.weight *= OUTPUT_SCALE
 
     def forward(
         self,
