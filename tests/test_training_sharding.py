@@ -78,7 +78,7 @@ class Watch:
         parameters = list(parameters)
         self._steps += 1
         if self._steps in (1, STEPS):
-            self._record[self._steps] = [parameter.grad.full_tensor() for parameter in parameters]
+            self._record[self._steps] = [parameter.grad.full_tensor().clone() for parameter in parameters]
         if self._steps == STEPS:
             torch.save(self._record, self.file)
         self._clip(parameters, max_norm, grid)
