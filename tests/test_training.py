@@ -2,66 +2,22 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
 import signal
-import subprocess
-import sys
+import socket
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from training_command import TINY, finish, losses, read_metrics, start
 
 from ulysses_triton import cli
 from ulysses_triton.errors import ExchangeError, OptionError, ShapeError
-from ulysses_triton.training import data, launch, plot, run_directory
-from ulysses_triton.training.config import TrainConfig, learning_rate
-
-ROOT = Path(__file__).parent.parent
-TEXT = str(ROOT / "ulysses_triton" / "training")  # real text, and little of it
-TINY = ("--width", "32", "--head-dim", "16", "--text", TEXT)
-
-
-def environment() -> dict[str, str]:
-    """A user's environment: kernels not interpreted, and the package importable from the source tree."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "OMP_NUM_THREADS")}
-    return {**kept, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
-
-
-def start(*arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    command = [sys.executable, *launcher, "-m", "ulysses_triton.cli", "train", *TINY, *map(str, arguments)]
-    return subprocess.Popen(
-        command,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=take_interrupts,
-    )
-
-
-def take_interrupts() -> None:
-    """As in a terminal: a suite that runs in the background was started with SIGINT ignored, and would hand that on."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def finish(process: subprocess.Popen[str], timeout: float = 120) -> tuple[int, str, str]:
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    return process.returncode, out, err
-
-
-def read_metrics(folder: Path) -> list[dict[str, float]]:
-    with (folder / "metrics.csv").open(newline="") as stream:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(stream)]
-
+from ulysses_triton.training import checkpoint, data, launch, plot, run_directory
+from ulysses_triton.training.config import DEFAULT_STAGES, Stage, TrainConfig, learning_rate
 
 # What is trained on
 
@@ -129,7 +85,7 @@ def test_entropies_of_bytes_and_of_byte_pairs() -> None:
 
 
 def test_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
-    config = TrainConfig(out="", ranks=1, steps=100, lr=1.0)
+    config = TrainConfig(out="", ranks=1, stages=(Stage(60, 64, 1), Stage(40, 128, 1)), lr=1.0)
     rates = [learning_rate(step, config) for step in range(1, 101)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == rates[9] == 1.0
@@ -143,53 +99,80 @@ UNEVEN = 257  # 129 tokens on rank 0, 128 on rank 1
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, str]]:
-    """The same run on one rank and on two, at an uneven length: its folder and what it printed."""
-    folder = tmp_path_factory.mktemp("runs")
-    same = ("--sequence-length", UNEVEN, "--steps", 12, "--batch", 2, "--threads", 1)
-    processes = {ranks: start("--ranks", ranks, "--out", folder / f"{ranks}", *same) for ranks in (1, 2)}
-    done = {}
-    for ranks, process in processes.items():
-        status, out, err = finish(process)
-        assert status == 0, err
-        done[ranks] = (folder / f"{ranks}", out)
-    return done
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run on two ranks, compared with one, at uneven lengths: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    stages = ("--stage", f"10x{UNEVEN}x2", "--stage", f"4x{2 * UNEVEN}x1")
+    process = start("--ranks", 2, "--threads", 1, "--compare", "--out", folder, *stages)
+    status, out, err = finish(process)
+    assert status == 0, err
+    return folder, out
 
 
-def test_a_run_learns_and_leaves_readable_files(runs: dict[int, tuple[Path, str]]) -> None:
-    folder, out = runs[2]
+def test_a_run_learns_and_leaves_readable_files(run: tuple[Path, str]) -> None:
+    folder, out = run
     metrics = read_metrics(folder)
     assert tuple(metrics[0]) == run_directory.METRICS
-    assert [row["step"] for row in metrics] == list(range(1, 13))
+    assert [row["step"] for row in metrics] == list(range(1, 15))
     assert 5 < metrics[0]["loss"] < 6.5
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 1
     assert all(row["tokens_per_second"] > 0 for row in metrics)
     described = json.loads((folder / "config.json").read_text())
-    assert described["world_size"] == 2
-    assert described["sequence_length"] == UNEVEN
+    assert described["ranks"] == 2
+    assert described["stages"][0] == {"steps": 10, "length": UNEVEN, "batch": 2}
     assert described["versions"]["torch"] == torch.__version__
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "loss.png", "metrics.csv"]
-    for line in ("training loss", "held-out loss", "for comparison", "tokens/s"):
-        assert line in out
+    files = ["checkpoints", "compare.png", "config.json", "loss.png", "metrics.csv", "one-rank", "summary.json"]
+    assert sorted(path.name for path in folder.iterdir()) == files
+    for line in ("training loss", "held-out loss", "bigram entropy", "tokens/s"):
+        assert out.count(line) == 2
 
 
-def test_one_rank_and_two_have_the_same_losses(runs: dict[int, tuple[Path, str]]) -> None:
-    one, two = ([row["loss"] for row in read_metrics(runs[ranks][0])] for ranks in (1, 2))
-    assert two == pytest.approx(one, abs=1e-5)
-    held_out = [next(line for line in out.splitlines() if "held-out loss" in line) for _, out in runs.values()]
+def test_one_rank_and_two_have_the_same_losses(run: tuple[Path, str]) -> None:
+    folder, out = run
+    two, one = losses(folder), losses(folder / "one-rank")
+    assert (two - one).abs().max() <= 1e-5
+    held_out = [line for line in out.splitlines() if "held-out loss" in line]
     assert held_out[0] == held_out[1]
+    assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert "losses at most" in out
 
 
-def test_under_torchrun(tmp_path: Path) -> None:
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-endpoint", "127.0.0.1:0")
-    launcher += ("--rdzv-backend", "c10d")
-    process = start("--sequence-length", 256, "--steps", 2, "--out", tmp_path / "run", launcher=launcher)
-    status, out, err = finish(process)
-    assert status == 0, err
-    assert out.count("held-out loss") == 1
+def test_under_torchrun_on_two_nodes(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    launcher = ("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d")
+    launcher += ("--rdzv-endpoint", endpoint)
+    arguments = ("--sequence-length", 256, "--steps", 2, "--out", tmp_path / "run")
+    nodes = [start(*arguments, launcher=launcher) for _ in range(2)]
+    ended = [finish(node) for node in nodes]
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    assert sum(out.count("held-out loss") for _, out, _ in ended) == 1
     assert len(read_metrics(tmp_path / "run")) == 2
     assert json.loads((tmp_path / "run" / "config.json").read_text())["ranks"] == 2
+    found = checkpoint.newest(tmp_path / "run")
+    assert found is not None and found.step == 2
+
+
+def default_run(out: Path, *arguments: object) -> dict[str, float]:
+    status, _, err = finish(start("--device", "cpu", "--ranks", 4, "--out", out, *arguments, tiny=False), timeout=1500)
+    assert status == 0, err
+    return run_directory.read_summary(out)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1600)
+def test_with_attention_the_default_run_learns_what_bigrams_cannot_tell(tmp_path: Path) -> None:
+    assert DEFAULT_STAGES[-1].length == 8192
+    summary = default_run(tmp_path / "run")
+    assert summary["held_out_loss"] <= 2.0 < summary["bigram_entropy"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1600)
+def test_without_attention_the_same_run_does_not(tmp_path: Path) -> None:
+    assert default_run(tmp_path / "run", "--zero-attention")["held_out_loss"] > 2.2
 
 
 # Errors and ends
@@ -199,7 +182,7 @@ def test_under_torchrun(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (("--text", "/no/such/text"), "no such text file or folder: /no/such/text"),
-        (("--sequence-length", "10000000"), "give more text or a shorter --sequence-length"),
+        (("--sequence-length", "10000000"), "give more text or a shorter sequence"),
         (("--text", os.devnull), "no such text file"),
         (("--steps", "0"), "steps is 0"),
         (("--ranks", "0"), "ranks is 0"),
@@ -207,6 +190,11 @@ def test_under_torchrun(tmp_path: Path) -> None:
         (("--kv-heads", "3"), "cannot share 3 key/value heads"),
         (("--head-dim", "5"), "head_dim is 5"),
         (("--sequence-length", "3"), "leaves some of 4 ranks without any"),
+        (("--stage", "5x6"), "stage '5x6' is not STEPSxLENGTHxBATCH"),
+        (("--stage", "5x512x2", "--steps", "3"), "describe a single stage"),
+        (("--data-parallel", "3"), "4 ranks cannot form 3 equal data-parallel rows"),
+        (("--data-parallel", "2"), "stage 60x8192x1: a batch of 1 cannot be shared evenly"),
+        (("--checkpoint-every", "-1"), "checkpoint_every is -1"),
     ],
     ids=lambda value: "_".join(value).replace("/", "") if isinstance(value, tuple) else "",
 )

@@ -96,7 +96,7 @@ def split_text(text: torch.Tensor, length: int) -> Split:
     if len(text) < held_out + window:
         raise OptionError(
             f"the text holds {len(text):,} bytes; sequences of {length:,} need at least {2 * window:,} (one window to "
-            "train on and one held out): give more text or a shorter --sequence-length"
+            "train on and one held out): give more text or a shorter sequence"
         )
     return Split(text[:-held_out], text[-held_out:])
 

@@ -1,145 +1,172 @@
 """One rank's part of a training run.
 
-Parameters are replicated: every rank holds all of them, works on its shard of each sequence, and the gradients are
-averaged in one all-reduce per step. Clipping and the update then see the same numbers on every rank, so the replicas
-stay equal.
+Parameters are sharded over all ranks, every sequence over the ranks of one row of the grid (`sharded`). The data of a
+step depends on the step alone, so a run that goes on from a checkpoint sees what it would have seen.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import dataclasses
 import math
-import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.nn import functional
 
-from .. import UlyssesGroup, shard_lens, shard_sequence, token_mean
+from .. import shard_lens, shard_sequence, token_mean
 from ..errors import GroupError, UlyssesError
-from . import data
+from ..shard import IGNORE_INDEX
+from . import checkpoint, data
 from .config import TrainConfig, learning_rate
 from .model import LanguageModel
 from .report import Report
 from .run_directory import StepMetrics
+from .sharded import Grid, clip_gradients, sharded_model
 
 BETAS = (0.9, 0.95)
 MAX_GRADIENT_NORM = 1.0
-HELD_OUT_WINDOWS = 8
+HELD_OUT_WINDOWS = 16
+
+Result = TypeVar("Result")
 
 
 def run(config: TrainConfig) -> None:
     """Train as this rank of the default process group, of `config.ranks` ranks; rank 0 prints and writes.
 
-    Raises UlyssesError if the text differs between ranks, the loss is no longer finite or the replicas drifted apart.
+    Raises UlyssesError if ranks differ in text or options, if the loss is no longer finite, or if not all ranks see
+    the folder of the checkpoints.
     """
+    _run(config, resumed=False)
+
+
+def resume(config: TrainConfig) -> None:
+    """As `run`, going on from the newest complete checkpoint in `config.out`; from the start if there is none."""
+    _run(config, resumed=True)
+
+
+def _run(config: TrainConfig, *, resumed: bool) -> None:
     torch.set_num_threads(config.threads)
     text = data.read_text(config.text)
     _require_equal_on_all_ranks(text.sha256, "the text is not the same on all ranks")
-    split = data.split_text(text.content, config.sequence_length)
+    _require_equal_on_all_ranks(
+        repr(dataclasses.replace(config, out="", threads=1)), "the options are not the same on all ranks"
+    )
+    split = data.split_text(text.content, config.longest)
+    directory, found = _from_rank_0(
+        lambda: (Path(config.out).absolute(), checkpoint.newest(Path(config.out).absolute()) if resumed else None)
+    )
+    after = found.step if found else 0
     with contextlib.ExitStack() as stack:
-        report = stack.enter_context(Report(config, text, split)) if dist.get_rank() == 0 else None
-        with UlyssesGroup() as group:
-            model = _replicated_model(config, _device(config))
-            for metrics in train(model, split.train, config, group):
+        report = None
+        if dist.get_rank() == 0:
+            report = stack.enter_context(Report(config, text, split, resumed_after=after if resumed else None))
+        grid = stack.enter_context(Grid(config))
+        model = sharded_model(config, grid)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=BETAS, fused=True)
+        if found:
+            checkpoint.load(found, model, optimizer)
+        for metrics in train(model, optimizer, split.train, config, grid, after=after):
+            if report:
+                report.step(metrics)
+            if config.is_checkpointed(metrics.step):
                 if report:
-                    report.step(metrics)
-            held_out_loss = evaluate(model, split.held_out, config, group)
-            _require_equal_on_all_ranks(_digest(model), "the ranks' parameters are no longer equal")
+                    report.sync()
+                checkpoint.save(directory, metrics.step, model, optimizer, keep=config.keep)
+        held_out_loss = evaluate(model, split.held_out, config, grid)
         if report:
             report.finish(held_out_loss)
 
 
-def train(model: LanguageModel, text: torch.Tensor, config: TrainConfig, group: UlyssesGroup) -> Iterator[StepMetrics]:
-    """Make `config.steps` updates on windows of `text`, yielding what each measured; all ranks see the same loss."""
-    windows = data.TrainingWindows(text, config.sequence_length, config.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=BETAS, fused=True)
-    gradients = FlatGradients(model)
+def train(
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    text: torch.Tensor,
+    config: TrainConfig,
+    grid: Grid,
+    *,
+    after: int = 0,
+) -> Iterator[StepMetrics]:
+    """Make the updates that follow on the first `after`, on windows of `text`, yielding what each measured.
+
+    All ranks see the same loss.
+    """
+    sources = [
+        data.TrainingWindows(text, stage.length, config.seed * len(config.stages) + number)
+        for number, stage in enumerate(config.stages)
+    ]
     began = before = time.perf_counter()
-    for step in range(1, config.steps + 1):
+    for step in range(after + 1, config.steps + 1):
+        number, index = config.at(step)
+        stage = config.stages[number]
         rate = learning_rate(step, config)
         for settings in optimizer.param_groups:
             settings["lr"] = rate
-        gradients.zero()
-        loss = batch_loss(model, windows.batch(step - 1, config.batch), config, group)
-        loss.backward()
-        gradients.average()
-        gradients.clip(MAX_GRADIENT_NORM)
-        optimizer.step()
-        value = loss.item()
+        optimizer.zero_grad()
+        value = 0.0
+        windows = sources[number].batch(index, stage.batch)
+        for micro_batch in windows.chunk(grid.rows)[grid.row].chunk(config.accumulate):
+            inputs, labels = data.inputs_and_labels(micro_batch)
+            loss = shard_loss(model, inputs, labels, grid, total_tokens=stage.batch * stage.length)
+            loss.backward()  # and FSDP adds the averaged gradient to this rank's part: no rank ever keeps a whole one
+            value += loss.item()
         if not math.isfinite(value):
             raise UlyssesError(f"the loss is {value} at step {step}; a smaller --lr may help")
+        clip_gradients(model.parameters(), MAX_GRADIENT_NORM, grid)
+        optimizer.step()
         now = time.perf_counter()
-        tokens = config.batch * config.sequence_length
-        yield StepMetrics(step, value, rate, tokens / (now - before), now - began)
+        yield StepMetrics(step, value, rate, stage.batch * stage.length / (now - before), now - began)
         before = time.perf_counter()
 
 
 @torch.no_grad()
-def evaluate(model: LanguageModel, text: torch.Tensor, config: TrainConfig, group: UlyssesGroup) -> float:
-    """Mean loss in nats per byte over a few fixed windows of `text`, sharded as in training."""
-    windows = data.held_out_windows(text, config.sequence_length, HELD_OUT_WINDOWS)
-    losses = [batch_loss(model, batch, config, group).item() * len(batch) for batch in windows.split(config.batch)]
-    return sum(losses) / len(windows)
+def evaluate(model: LanguageModel, text: torch.Tensor, config: TrainConfig, grid: Grid) -> float:
+    """Mean loss in nats per byte over fixed windows of `text`, as long as the last stage's; sharded as in training.
 
-
-def batch_loss(model: LanguageModel, windows: torch.Tensor, config: TrainConfig, group: UlyssesGroup) -> torch.Tensor:
-    """The loss over all labels of `windows` [B, S + 1], of which this rank computes its shard.
-
-    The value is the mean over all ranks' labels; the gradients are to be averaged over the ranks.
+    A row whose turn it is when there are no windows left works on the first one again, and counts none of it.
     """
-    device = model.head.weight.device
-    lens = shard_lens(config.sequence_length, config.ranks)
-    inputs, labels = data.inputs_and_labels(windows.to(device))
-    positions = shard_sequence(torch.arange(config.sequence_length, device=device), group, dim=0, lens=lens)
-    shard_labels = shard_sequence(labels, group, lens=lens)
-    logits = model(shard_sequence(inputs, group, lens=lens), positions, group, lens)
-    loss_sum = functional.cross_entropy(logits.float().flatten(0, 1), shard_labels.flatten(), reduction="sum")
-    return token_mean(loss_sum, shard_labels.numel(), group, total_tokens=labels.numel())
+    windows = data.held_out_windows(text, config.stages[-1].length, HELD_OUT_WINDOWS)
+    inputs, labels = data.inputs_and_labels(windows)
+    total = 0.0
+    for start in range(0, len(windows), grid.rows):
+        index = start + grid.row
+        mine, targets = inputs[:1], torch.full_like(labels[:1], IGNORE_INDEX)
+        if index < len(windows):
+            mine, targets = inputs[index : index + 1], labels[index : index + 1]
+        total += shard_loss(model, mine, targets, grid, total_tokens=labels.numel()).item()
+    return total
 
 
-class FlatGradients:
-    """All gradients of a model as views of one buffer, which backward accumulates into and one all-reduce averages."""
+def shard_loss(
+    model: LanguageModel, inputs: torch.Tensor, labels: torch.Tensor, grid: Grid, *, total_tokens: int
+) -> torch.Tensor:
+    """The loss over `labels` of all rows of the grid, divided by `total_tokens`; this rank computes its shard's part.
 
-    def __init__(self, model: nn.Module) -> None:
-        parameters = list(model.parameters())
-        self._buffer = parameters[0].new_zeros(sum(parameter.numel() for parameter in parameters))
-        parts = self._buffer.split([parameter.numel() for parameter in parameters])
-        for parameter, part in zip(parameters, parts, strict=True):
-            parameter.grad = part.view_as(parameter)
-
-    def zero(self) -> None:
-        self._buffer.zero_()
-
-    def average(self) -> None:
-        dist.all_reduce(self._buffer)
-        self._buffer /= dist.get_world_size()
-
-    def clip(self, max_norm: float) -> None:
-        """Scale all gradients so that their norm over the whole model is at most `max_norm`."""
-        norm = torch.linalg.vector_norm(self._buffer)
-        self._buffer *= (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    `inputs` and `labels` [B, S] are this row's. The value is the same on all ranks; gradients are to be averaged over
+    all of them. Losses of parts that together have `total_tokens` labels add up to their mean.
+    """
+    length = inputs.size(1)
+    lens = shard_lens(length, grid.sequence.size)
+    positions = shard_sequence(torch.arange(length, device=grid.device), grid.sequence, dim=0, lens=lens)
+    shard_labels = shard_sequence(labels.to(grid.device), grid.sequence, lens=lens)
+    tokens = shard_sequence(inputs.to(grid.device), grid.sequence, lens=lens)
+    logits = model(tokens, positions, grid.sequence, lens)
+    loss_sum = functional.cross_entropy(
+        logits.float().flatten(0, 1), shard_labels.flatten(), reduction="sum", ignore_index=IGNORE_INDEX
+    )
+    count = (shard_labels != IGNORE_INDEX).sum()
+    return token_mean(loss_sum, count, grid.everyone, total_tokens=total_tokens)
 
 
-def _device(config: TrainConfig) -> torch.device:
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if config.device == "cuda" else torch.device("cpu")
-
-
-def _replicated_model(config: TrainConfig, device: torch.device) -> LanguageModel:
-    torch.manual_seed(config.seed)
-    model = LanguageModel(config.model).to(device)
-    for parameter in model.parameters():
-        dist.broadcast(parameter.data, src=0)
-    return model
-
-
-def _digest(model: nn.Module) -> str:
-    joined = torch.cat([parameter.detach().flatten() for parameter in model.parameters()]).cpu()
-    return hashlib.sha256(bytes(joined.untyped_storage())).hexdigest()
+def _from_rank_0(make: Callable[[], Result]) -> Result:
+    """What `make()` gives on rank 0; machines may differ in working directories and clocks."""
+    values: list[Result | None] = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(values, src=0)
+    return cast(Result, values[0])
 
 
 def _require_equal_on_all_ranks(value: str, otherwise: str) -> None:
@@ -147,4 +174,4 @@ def _require_equal_on_all_ranks(value: str, otherwise: str) -> None:
     dist.all_gather_object(values, value)
     different = [rank for rank, other in enumerate(values) if other != values[0]]
     if different:
-        raise GroupError(f"{otherwise}: rank 0 has other contents than ranks {different}")
+        raise GroupError(f"{otherwise}: rank 0 has others than ranks {different}")

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from .. import UlyssesGroup, ulysses_qkv_attention
 from .config import ModelConfig
 
 VOCABULARY = 256
 Q_GAIN = 4.0  # normalised queries and keys alone cannot tell one key among thousands from the others
-OUTPUT_SCALE = 0.3  # of the projections that end a residual branch
 
 
 class Attention(nn.Module):
@@ -51,6 +51,8 @@ class Attention(nn.Module):
             lens=lens,
         )  # [B, L, heads, head_dim]
         assert isinstance(attended, torch.Tensor)  # a pair only with `return_lse`
+        if self.config.zero_attention:
+            attended = attended * 0
         return self.out(attended.flatten(2))
 
 
@@ -68,14 +70,33 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer. With `recompute` it keeps only its input for backward.
+
+    The recomputation is inside the module, so that FSDP's hooks, which gather the parameters, are around it.
+    """
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.recompute = False
         self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.attention = Attention(config)
         self.feed_forward_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.feed_forward = SwiGLU(config)
 
     def forward(
+        self,
+        x: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        group: UlyssesGroup,
+        lens: Sequence[int] | None,
+    ) -> torch.Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(
+                self._forward, x, rope, group, lens, use_reentrant=False, preserve_rng_state=False
+            )  # no random numbers here
+        return self._forward(x, rope, group, lens)
+
+    def _forward(
         self,
         x: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor],
@@ -99,16 +120,10 @@ class LanguageModel(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Fan-in initialisation; projections that end a residual branch, and the head, start smaller."""
+        """Fan-in initialisation. (Smaller output projections, once tried, learnt more slowly.)"""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
-        with torch.no_grad():
-            for block in self.blocks:
-                assert isinstance(block, Block)
-                block.attention.out.weight *= OUTPUT_SCALE
-                block.feed_forward.down.weight *= OUTPUT_SCALE
-            self.head.weight *= OUTPUT_SCALE
 
     def forward(
         self,

@@ -8,6 +8,7 @@ import time
 from typing import IO, Any, Protocol
 
 from ..errors import OptionError
+from .config import TrainConfig
 from .run_directory import StepMetrics
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -19,10 +20,10 @@ class Progress(Protocol):
     def close(self) -> None: ...
 
 
-def open_progress(steps: int, stream: IO[str] | None = None) -> Progress:
-    """The display that fits `stream` (standard error by default)."""
+def open_progress(config: TrainConfig, *, after: int = 0, stream: IO[str] | None = None) -> Progress:
+    """The display that fits `stream` (standard error by default), of a run that has made `after` steps."""
     stream = stream or sys.stderr
-    return _Bar(steps, stream) if stream.isatty() else _Lines(steps, stream)
+    return _Bar(config.steps, after, stream) if stream.isatty() else _Lines(config, stream)
 
 
 def require_display(stream: IO[str] | None = None) -> None:
@@ -32,10 +33,10 @@ def require_display(stream: IO[str] | None = None) -> None:
 
 
 class _Bar:
-    def __init__(self, steps: int, stream: IO[str]) -> None:
+    def __init__(self, steps: int, after: int, stream: IO[str]) -> None:
         from tqdm import tqdm
 
-        self._bar: Any = tqdm(total=steps, file=stream, unit="step", dynamic_ncols=True)
+        self._bar: Any = tqdm(total=steps, initial=after, file=stream, unit="step", dynamic_ncols=True)
 
     def show(self, metrics: StepMetrics) -> None:
         self._bar.set_postfix_str(_loss_and_speed(metrics), refresh=False)
@@ -46,17 +47,17 @@ class _Bar:
 
 
 class _Lines:
-    def __init__(self, steps: int, stream: IO[str]) -> None:
-        self._steps, self._stream = steps, stream
+    def __init__(self, config: TrainConfig, stream: IO[str]) -> None:
+        self._config, self._stream = config, stream
         self._last = -SECONDS_BETWEEN_LINES
 
     def show(self, metrics: StepMetrics) -> None:
         now = time.monotonic()
-        if now - self._last < SECONDS_BETWEEN_LINES and metrics.step < self._steps:
+        if now - self._last < SECONDS_BETWEEN_LINES and metrics.step < self._config.steps:
             return
         self._last = now
-        left = metrics.seconds / metrics.step * (self._steps - metrics.step)
-        line = f"step {metrics.step}/{self._steps}  {_loss_and_speed(metrics)}  {left:.0f} s left"
+        left = self._config.tokens_after(metrics.step) / metrics.tokens_per_second
+        line = f"step {metrics.step}/{self._config.steps}  {_loss_and_speed(metrics)}  {left:.0f} s left"
         print(line, file=self._stream, flush=True)
 
     def close(self) -> None:
