@@ -100,11 +100,11 @@ def run(session: Session) -> list[dict[str, Any]]:
 
 
 def _calls(session: Session, case: Attention, r: Rows) -> tuple[Callable[[], None], Callable[[], None]]:
-    kernels, options = session.kernels, case.options
+    kernels = session.kernels
     out, dq, dkv = [Span(0, (r.o, None))], [Span(0, (r.dq,))], [Span(0, (r.dk, r.dv))]
     return (
-        lambda: kernels.attend_forward(r.q, r.k, r.v, out, r.lse, **options),
-        lambda: kernels.attend_backward(r.q, r.k, r.v, r.do, r.lse, r.delta, dq, dkv, **options),
+        lambda: kernels.attend_forward(r.q, r.k, r.v, out, r.lse, case.options),
+        lambda: kernels.attend_backward(r.q, r.k, r.v, r.do, r.lse, r.delta, dq, dkv, case.options),
     )
 
 

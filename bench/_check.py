@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ulysses_triton import truth
-from ulysses_triton.kernels._views import HeadMap, Span, Transform
+from ulysses_triton.kernels._views import HeadMap, Options, Span, Transform
 
 from ._data import DTYPES, Kernels, Memory, Movement, spans
 
@@ -221,6 +221,8 @@ class Attention:
     cuts: tuple[int, ...] = ()
     aligned: bool = True
     partial: bool = False  # dk and dv in fp32
+    window: tuple[int, int] | None = None
+    softcap: float | None = None
 
     @property
     def keys(self) -> int:
@@ -231,8 +233,12 @@ class Attention:
         return (self.hq - 1 + self.offset) // self.group + 1
 
     @property
-    def options(self) -> dict[str, object]:
-        return dict(scale=self.factor, causal=self.causal, heads=HeadMap(self.group, self.offset))
+    def options(self) -> Options:
+        return Options(self.factor, self.causal, HeadMap(self.group, self.offset), self.window, self.softcap)
+
+    @property
+    def masks(self) -> dict[str, Any]:
+        return dict(causal=self.causal, window=self.window)
 
     @property
     def factor(self) -> float:
@@ -251,6 +257,7 @@ class Attention:
         sizes = f"S {self.S}" + f" Sk {self.Sk}" * bool(self.Sk) + f" B {self.B} heads {self.hq}/{self.hkv} D {dims}"
         marks = ["causal" if self.causal else "dense"] + ["unaligned"] * (not self.aligned)
         marks += [f"offset {self.offset}"] * bool(self.offset) + [f"scale {self.scale:g}"] * bool(self.scale)
+        marks += [f"window {self.window}"] * bool(self.window) + [f"softcap {self.softcap}"] * bool(self.softcap)
         marks += [f"{len(self.cuts) + 1} spans"] * bool(self.cuts) + ["partial"] * self.partial
         return " ".join([self.dtype, sizes, *marks])
 
@@ -259,6 +266,7 @@ def _attentions(dry: bool) -> Iterator[Attention]:
     if dry:
         yield Attention(70, B=2, D=16, Dv=24, dtype="fp32", cuts=(30,), group=3, offset=2)
         yield Attention(40, Sk=53, hq=2, D=16, Dv=16, causal=False, dtype="fp16", partial=True)
+        yield Attention(70, D=16, Dv=16, causal=False, dtype="fp16", window=(20, 3), softcap=5.0)
         return
     for D, Dv in DIMS:
         for dtype in DTYPES:
@@ -269,10 +277,14 @@ def _attentions(dry: bool) -> Iterator[Attention]:
         yield Attention(2048, hq=8, group=8, dtype=dtype)
         yield Attention(513, hq=4, group=3, offset=2, dtype=dtype, partial=True, cuts=(64, 200))
         yield Attention(257, D=72, Dv=40, dtype=dtype, causal=False, aligned=False)
+        yield Attention(700, dtype=dtype, window=(256, 0))
+        yield Attention(700, dtype=dtype, softcap=2.0)
+        yield Attention(700, D=64, Dv=64, dtype=dtype, causal=False, window=(100, 33), softcap=2.0)
     yield Attention(200, Sk=331, dtype="fp32")
     yield Attention(331, Sk=200, dtype="fp32")
     yield Attention(1, Sk=901, dtype="fp32", causal=False)
     yield Attention(301, dtype="fp32", scale=-0.1)
+    yield Attention(331, Sk=200, dtype="fp32", causal=False, window=(40, 7))  # queries without keys
 
 
 class Inputs(NamedTuple):
@@ -292,21 +304,23 @@ def attention_inputs(case: Attention, memory: Memory) -> Inputs:
     k, v = memory.filled(case.keys, case.B, (case.hkv, case.D), (case.hkv, case.Dv), dtype=case.torch_dtype)
     dlse = memory.normal(case.S, case.B, case.hq)
     batch_first = [x.transpose(0, 1) for x in (q, k[:, :, case.kv_of], v[:, :, case.kv_of], do)]  # a kv head for each
-    exact = truth.attention(*batch_first, causal=case.causal, scale=case.factor, dlse=dlse.transpose(0, 1))
-    peer = {} if case.dtype == "fp32" else _peer_errors(case, batch_first, exact)
+    exact = truth.attention(
+        *batch_first, **case.masks, scale=case.factor, softcap=case.softcap, dlse=dlse.transpose(0, 1)
+    )  # fmt: skip
+    peer = {} if case.dtype == "fp32" else _peer_errors(case, batch_first)
     sums = [x.new_zeros(case.B, case.keys, case.hkv, x.size(-1)) for x in (exact.dk, exact.dv)]
     index = torch.tensor(case.kv_of, device=q.device)
     dk, dv = (total.index_add_(2, index, x) for total, x in zip(sums, exact[3:], strict=True))
     return Inputs(q, k, v, do, exact._replace(dk=dk, dv=dv), dlse, peer)
 
 
-def _peer_errors(case: Attention, inputs: list[Tensor], exact: truth.Attention) -> dict[str, float]:
-    """Errors of PyTorch's attention in this dtype, without the gradient of the LSE that it does not know."""
+def _peer_errors(case: Attention, inputs: list[Tensor]) -> dict[str, float]:
+    """Errors of PyTorch's attention in this dtype, without what it does not know: the LSE's gradient, and softcap."""
     *qkv, do = (x.detach().contiguous() for x in inputs)  # PyTorch's kernels want aligned rows
     leaves = [x.requires_grad_() for x in qkv]
-    out = truth.sdpa(*leaves, causal=case.causal, scale=case.factor)
+    out = truth.sdpa(*leaves, **case.masks, scale=case.factor)
     grads = torch.autograd.grad(out, leaves, do)
-    same = truth.attention(*inputs, causal=case.causal, scale=case.factor)
+    same = truth.attention(*inputs, **case.masks, scale=case.factor)
     values, wanted = (out.detach(), *grads), (same.out, *same[2:])
     return {n: truth.relative_error(x, y) for n, x, y in zip(("out", "dq", "dk", "dv"), values, wanted, strict=True)}
 
@@ -328,7 +342,7 @@ def check_attend_forward(kernels: Kernels, device: torch.device, case: Attention
     stats = spans(memory, case.S, case.cuts, case.B, (case.hq, 1), dtype=torch.float32)
     to = [Span(o.start, (o.views[0], s.views[0][..., 0])) for o, s in zip(out, stats, strict=True)]
     lse = memory.nan(case.hq, case.B, case.S, dtype=torch.float32)
-    kernels.attend_forward(p.q, p.k, p.v, to, lse, **case.options)
+    kernels.attend_forward(p.q, p.k, p.v, to, lse, case.options)
     results = {"out": (_joined(to, 0), p.exact.out), "lse": (_joined(to, 1), p.exact.lse)}
     found = {n: _near(x, y, _limit(case, p.peer, n)) for n, (x, y) in results.items()}
     found["lse of the heads"] = _exact(lse.permute(1, 2, 0), _joined(to, 1))
@@ -345,7 +359,7 @@ def check_attend_backward(kernels: Kernels, device: torch.device, case: Attentio
     key_cuts = tuple(cut for cut in case.cuts if cut < case.keys)
     dq = spans(memory, case.S, case.cuts, case.B, (case.hq, case.D), dtype=case.torch_dtype)
     dkv = spans(memory, case.keys, key_cuts, case.B, (case.hkv, case.D), (case.hkv, case.Dv), dtype=sums)
-    kernels.attend_backward(p.q, p.k, p.v, p.do, lse, delta, dq, dkv, **case.options)
+    kernels.attend_backward(p.q, p.k, p.v, p.do, lse, delta, dq, dkv, case.options)
     results = {
         "dq": (_joined(dq, 0), p.exact.dq),
         "dk": (_joined(dkv, 0), p.exact.dk),

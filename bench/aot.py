@@ -30,7 +30,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from ulysses_triton.kernels import _config
 from ulysses_triton.kernels._config import Launch
-from ulysses_triton.kernels._views import HeadMap, ORows, QKVRows, Span, Transform
+from ulysses_triton.kernels._views import HeadMap, Options, ORows, QKVRows, Span, Transform
 from ulysses_triton.kernels.attend_backward import attend_backward
 from ulysses_triton.kernels.attend_forward import attend_forward
 from ulysses_triton.kernels.pack import pack, pack_grad
@@ -172,11 +172,11 @@ def _is_narrow(name: str) -> bool:
 def attention_case(
     dtype: torch.dtype = torch.bfloat16, *, D: int = 128, Dv: int | None = None, causal: bool = True, S: int = 512,
     hq: int = 4, hkv: int = 2, lse: bool = True, partial: bool = False, padding: int = 16,
+    window: tuple[int, int] | None = None, softcap: float | None = None,
 ) -> tuple[Callable[[], None], Callable[[], None]]:  # fmt: skip
     """Forward and backward of one attention over packed rows, as callables; `partial` asks for dk and dv in fp32."""
     Dv = Dv or D
-    group = HeadMap(hq // hkv, 0)
-    options = dict(scale=D**-0.5, causal=causal, heads=group)
+    options = Options(D**-0.5, causal, HeadMap(hq // hkv, 0), window, softcap)
 
     def packed(heads: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(S, 1, heads * dim + padding, dtype=dtype)[..., : heads * dim].unflatten(-1, (heads, dim))
@@ -187,10 +187,10 @@ def attention_case(
     stat, delta = torch.empty(hq, 1, S), packed(hq, 1, torch.float32)[..., 0]
 
     def forward() -> None:
-        attend_forward(q, k, v, [Span(0, (o, None))], stat if lse else None, **options)
+        attend_forward(q, k, v, [Span(0, (o, None))], stat if lse else None, options)
 
     def backward() -> None:
-        attend_backward(q, k, v, o, stat, delta, [Span(0, (q,))], [Span(0, (dk, dv))], **options)
+        attend_backward(q, k, v, o, stat, delta, [Span(0, (q,))], [Span(0, (dk, dv))], options)
 
     return forward, backward
 
@@ -230,6 +230,9 @@ def cases() -> Iterator[Case]:
     for label, options in {
         "bf16 D=128 causal": {},
         "bf16 D=128 dense": {"causal": False},
+        "bf16 D=128 window": {"window": (128, 0)},
+        "bf16 D=128 causal softcap": {"softcap": 50.0},
+        "bf16 D=128 window softcap": {"window": (128, 0), "softcap": 50.0},
         "bf16 D=64 causal": {"D": 64},
         "bf16 D=192/128 causal": {"D": 192, "Dv": 128},
         "bf16 D=256 causal": {"D": 256},

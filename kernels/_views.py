@@ -74,3 +74,22 @@ class HeadMap(NamedTuple):
 
     group: int
     offset: int
+
+
+class Options(NamedTuple):
+    """Which attention it is: its scores, and the masks that say which pairs have one.
+
+    Scores are `scale q k^T`, or with a softcap `softcap * tanh(scale q k^T / softcap)`.
+    """
+
+    scale: float
+    causal: bool  # query i attends the keys j <= i only
+    heads: HeadMap
+    window: tuple[int, int] | None = None  # (left, right): the keys i - left <= j <= i + right only; -1 for no bound
+    softcap: float | None = None  # > 0
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """(left, right) of the window and the causal mask together, -1 for no bound."""
+        left, right = self.window or (-1, -1)
+        return left, 0 if self.causal else right

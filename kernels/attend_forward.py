@@ -1,9 +1,10 @@
 """Local attention, forward: O = softmax(scale Q K^T) V and its log-sum-exp, one query tile per program.
 
-Online softmax in base 2 (FlashAttention-2, Algorithm 1): with s = scale log2(e) q k^T, a program holds one tile of
-queries and walks over the key tiles it attends, keeping for every query the running maximum m, the sum l of 2^(s - m)
-and the accumulator of 2^(s - m) v, all in fp32; a new maximum rescales the last two by 2^(m_old - m_new). At the end
-O = acc / l and LSE = (m + log2 l) / log2(e). A query that attends nothing gets zeros and LSE = -inf.
+Online softmax in base 2 (FlashAttention-2, Algorithm 1): with s = scale log2(e) q k^T, which a softcap bends
+(`_softcap`), a program holds one tile of queries and walks over the key tiles it attends, keeping for every query the
+running maximum m, the sum l of 2^(s - m) and the accumulator of 2^(s - m) v, all in fp32; a new maximum rescales the
+last two by 2^(m_old - m_new). At the end O = acc / l and LSE = (m + log2 l) / log2(e). A query that attends nothing
+gets zeros and LSE = -inf.
 
 Layout: q, k and v are read in place from rows `[tokens, B, row]` through token, batch and head strides; a query head's
 kv head is `(head + offset) // group`. O and the LSE beside it go to the spans that the tile lies in (`_rows`).
@@ -15,7 +16,6 @@ into the second.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import triton
@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _config
-from ._mask import keep, place, tile_range
+from ._mask import keep, mask, partial_tile, place, tile_range
 from ._rows import (
     DTYPES,
     block,
@@ -40,24 +40,28 @@ from ._rows import (
     unit,
     views_of,
 )
-from ._views import HeadMap, Span
-
-LOG2_E = math.log2(math.e)
+from ._softcap import scales, tanh
+from ._views import Options, Span
 
 
 @triton.jit
 def _attend_keys(
-    acc, m_i, l_i, b_q, k_ptr, v_ptr, stride_k, stride_v, i_begin, i_end, o_m, Sk, qk_scale,
-    MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    acc, m_i, l_i, b_q, k_ptr, v_ptr, stride_k, stride_v, i_begin, i_end, full, full_end, o_m, Sk,
+    qk_scale, cap_scale, left, right,
+    MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr, IS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    UNIT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Take the key tiles from `i_begin` to `i_end` into the running softmax."""
-    for i_n in range(i_begin, i_end, BLOCK_N):
-        o_n = i_n + tl.arange(0, BLOCK_N)
+    for i in range(i_begin, i_end, BLOCK_N):
+        o_n = (partial_tile(i, full, full_end, IS_WINDOW) if MASKED else i) + tl.arange(0, BLOCK_N)
         b_k = load_rows(k_ptr, o_n, Sk, stride_k, UNIT, MASKED, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        if HAS_SOFTCAP:
+            b_s, _ = tanh(b_s * cap_scale)
         if MASKED:
-            b_s = tl.where(keep(o_m[:, None], o_n[None, :], Sk, IS_CAUSAL), b_s, float("-inf"))
+            kept = keep(o_m[:, None], o_n[None, :], Sk, left, right, IS_CAUSAL, IS_WINDOW)  # [BLOCK_M, BLOCK_N]
+            b_s = tl.where(kept, b_s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(b_s, 1) * qk_scale)  # [BLOCK_M]
         m_safe = m_new
         if MASKED:
@@ -75,13 +79,15 @@ def _attend_keys(
 @triton.jit(
     do_not_specialize=["stride_qn", "stride_qb", "stride_qh", "stride_kn", "stride_kb", "stride_kh",
                        "stride_vn", "stride_vb", "stride_vh", "stride_on", "stride_oh", "stride_ln", "stride_lh",
-                       "B", "S", "Sk", "hq", "group", "offset", "n_spans", "section"]
+                       "B", "S", "Sk", "hq", "group", "offset", "n_spans", "section", "left", "right"]
 )  # fmt: skip
 def attend_forward_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, lse_ptr,
     stride_qn, stride_qb, stride_qh, stride_kn, stride_kb, stride_kh, stride_vn, stride_vb, stride_vh,
-    stride_on, stride_oh, stride_ln, stride_lh, B, S, Sk, hq, group, offset, n_spans, section, qk_scale,
-    IS_CAUSAL: tl.constexpr, IS_NEGATIVE: tl.constexpr, HAS_LSE: tl.constexpr, HAS_SPAN_LSE: tl.constexpr,
+    stride_on, stride_oh, stride_ln, stride_lh, B, S, Sk, hq, group, offset, n_spans, section,
+    qk_scale, cap_scale, left, right,
+    IS_CAUSAL: tl.constexpr, IS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, IS_NEGATIVE: tl.constexpr,
+    HAS_LSE: tl.constexpr, HAS_SPAN_LSE: tl.constexpr,
     OUT_DTYPE: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -102,14 +108,16 @@ def attend_forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
-    full, end = tile_range(i_m, S, Sk, IS_CAUSAL, BLOCK_M, BLOCK_N)
+    full, full_end, begin, end = tile_range(i_m, S, Sk, left, right, IS_CAUSAL, IS_WINDOW, BLOCK_M, BLOCK_N)
     acc, m_i, l_i = _attend_keys(
-        acc, m_i, l_i, b_q, k_ptr, v_ptr, stride_kn, stride_vn, 0, full, o_m, Sk, qk_scale,
-        False, IS_CAUSAL, UNIT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+        acc, m_i, l_i, b_q, k_ptr, v_ptr, stride_kn, stride_vn, full, full_end, full, full_end, o_m, Sk,
+        qk_scale, cap_scale, left, right,
+        False, IS_CAUSAL, IS_WINDOW, HAS_SOFTCAP, UNIT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     acc, m_i, l_i = _attend_keys(
-        acc, m_i, l_i, b_q, k_ptr, v_ptr, stride_kn, stride_vn, full, end, o_m, Sk, qk_scale,
-        True, IS_CAUSAL, UNIT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+        acc, m_i, l_i, b_q, k_ptr, v_ptr, stride_kn, stride_vn, begin, end, full, full_end, o_m, Sk,
+        qk_scale, cap_scale, left, right,
+        True, IS_CAUSAL, IS_WINDOW, HAS_SOFTCAP, UNIT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
 
     l_safe = tl.where(l_i == 0.0, 1.0, l_i)
@@ -128,8 +136,7 @@ def attend_forward_kernel(
 
 
 def attend_forward(
-    q: Tensor, k: Tensor, v: Tensor, out: Sequence[Span], lse: Tensor | None,
-    *, scale: float, causal: bool, heads: HeadMap,
+    q: Tensor, k: Tensor, v: Tensor, out: Sequence[Span], lse: Tensor | None, options: Options
 ) -> None:  # fmt: skip
     """Attend over the whole sequence for some heads, writing the output where it travels from.
 
@@ -141,9 +148,7 @@ def attend_forward(
         out: spans of `(o [n, B, hq, Dv], lse [n, B, hq] fp32 or None)` that cover the tokens 0..S-1 in order; token and
             head strides are equal in all of them, batch strides may differ.
         lse: `[hq, B, S]` contiguous fp32, or None: natural log of the sum of exponentials, -inf for a row without keys.
-        scale: factor of the scores.
-        causal: query i attends the keys j <= i only.
-        heads: which of k's and v's heads a query head attends to.
+        options: which attention it is.
     """
     (S, B, hq, D), Sk, Dv = q.shape, len(k), v.shape[-1]
     spans = occupied(out, S)
@@ -152,6 +157,7 @@ def attend_forward(
     o, stat = views_of(spans, 0), spans[0].views[1]
     assert lse is None or lse.is_contiguous()
     u = unit(q, k, v, *o)
+    factors = scales(options._replace(scale=abs(options.scale)))  # of -q where it is negative
     tiles = _config.tiles("attend_forward", q, max(D, Dv))
     n_tiles = triton.cdiv(S, tiles["BLOCK_M"])
     _config.launch(
@@ -171,13 +177,13 @@ def attend_forward(
         S=S,
         Sk=Sk,
         hq=hq,
-        group=heads.group,
-        offset=heads.offset,
+        group=options.heads.group,
+        offset=options.heads.offset,
         n_spans=len(spans),
-        section=section(B * hq, Sk * (D + Dv) * q.element_size() // heads.group),
-        qk_scale=max(abs(scale) * LOG2_E, 1e-30),  # not 0: masked scores are -inf
-        IS_CAUSAL=causal,
-        IS_NEGATIVE=scale < 0,
+        section=section(B * hq, Sk * (D + Dv) * q.element_size() // options.heads.group),
+        **mask(options, S, Sk),
+        **(factors | {"qk_scale": max(factors["qk_scale"], 1e-30)}),  # not 0: masked scores are -inf
+        IS_NEGATIVE=options.scale < 0,
         HAS_LSE=lse is not None,
         HAS_SPAN_LSE=stat is not None,
         OUT_DTYPE=DTYPES[o[0].dtype],

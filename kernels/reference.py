@@ -6,7 +6,8 @@ Attention goes through blocks of BLOCK queries per batch and head, so that memor
 head's k and v, and every block of q, is first brought to a fresh contiguous temporary: a result does not depend on
 strides, alignment or the number of heads beside it, bit for bit. Worked example: S = Sk = 600, causal. The blocks are
 the queries 0..255, 256..511 and 512..599; they compute the keys 0..255, 0..511 and 0..599, and only the square at the
-end of each is masked.
+end of each is masked. With a window (100, 0) they compute the keys 0..255, 156..511 and 412..599: work, too, is then
+linear in the sequence.
 
 pack and unpack move each byte once where there is no transform, by one strided copy per rank. With one, the work goes
 through blocks of tokens whose temporaries stay in cache.
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ._views import HeadMap, ORows, QKVRows, Span, Transform
+from ._views import HeadMap, Options, ORows, QKVRows, Span, Transform
 
 BLOCK = 256  # queries computed at once
 _BLOCK_ELEMENTS = 1 << 18  # 1 MB in fp32: smaller blocks pay more per call, larger ones leave the cache
@@ -31,26 +32,26 @@ _BLOCK_ELEMENTS = 1 << 18  # 1 MB in fp32: smaller blocks pay more per call, lar
 
 
 def attend_forward(
-    q: Tensor, k: Tensor, v: Tensor, out: Sequence[Span], lse: Tensor | None,
-    *, scale: float, causal: bool, heads: HeadMap,
+    q: Tensor, k: Tensor, v: Tensor, out: Sequence[Span], lse: Tensor | None, options: Options
 ) -> None:  # fmt: skip
     """Twin of `attend_forward.attend_forward`; fp64 is allowed too, with an LSE of fp64 then."""
     S, B, hq, _ = q.shape
     dtype = _math_dtype(q)
     for b in range(B):
-        for j, group in _kv_heads(k, hq, heads):
+        for j, group in _kv_heads(k, hq, options.heads):
             k_j, v_j = _fresh(k[:, b, j], dtype), _fresh(v[:, b, j], dtype)  # [Sk, D], [Sk, Dv]
             for h in group:
-                for start, stop, n_keys in _query_blocks(S, len(k), causal):
+                for start, stop, keys in _query_blocks(S, len(k), options):
                     q_i = _fresh(q[start:stop, b, h], dtype)  # [rows, D]
-                    s = _scores(q_i, k_j[:n_keys], start, scale, causal)  # [rows, n_keys]
-                    if n_keys:
+                    s = _capped(_products(q_i, k_j[keys], options), options)  # [rows, keys]
+                    s = _masked(s, start, keys.start, options)
+                    if s.size(1):
                         m = s.amax(1, keepdim=True).nan_to_num(neginf=0.0, nan=torch.nan, posinf=torch.inf)  # [rows, 1]
                     else:
                         m = s.new_zeros(len(s), 1)
                     p = s.sub_(m).exp_()
                     total = p.sum(1, keepdim=True)  # [rows, 1]
-                    o = (p @ v_j[:n_keys]) / torch.where(total == 0, 1, total)  # [rows, Dv]
+                    o = (p @ v_j[keys]) / torch.where(total == 0, 1, total)  # [rows, Dv]
                     stat = (total.log() + m)[:, 0]  # [rows]
                     _store(out, 0, b, h, start, o)
                     _store(out, 1, b, h, start, stat)
@@ -60,26 +61,30 @@ def attend_forward(
 
 def attend_backward(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, dq: Sequence[Span], dkv: Sequence[Span],
-    *, scale: float, causal: bool, heads: HeadMap,
+    options: Options,
 ) -> None:  # fmt: skip
     """Twin of `attend_backward.attend_backward`; fp64 is allowed too, with LSE and delta of fp64 then."""
     S, B, hq, _ = q.shape
     dtype = _math_dtype(q)
     for b in range(B):
-        for j, group in _kv_heads(k, hq, heads):
+        for j, group in _kv_heads(k, hq, options.heads):
             k_j, v_j = _fresh(k[:, b, j], dtype), _fresh(v[:, b, j], dtype)  # [Sk, D], [Sk, Dv]
             dk, dv = torch.zeros_like(k_j), torch.zeros_like(v_j)
             for h in group:
-                for start, stop, n_keys in _query_blocks(S, len(k), causal):
+                for start, stop, keys in _query_blocks(S, len(k), options):
                     q_i, do_i = _fresh(q[start:stop, b, h], dtype), _fresh(do[start:stop, b, h], dtype)
                     lse_i = _fresh(lse[h, b, start:stop], dtype)  # [rows]
                     lse_i = torch.where(lse_i == -torch.inf, torch.inf, lse_i)  # a row without keys: P = 0
-                    p = _scores(q_i, k_j[:n_keys], start, scale, causal).sub_(lse_i[:, None]).exp_()  # [rows, n_keys]
-                    dv[:n_keys].addmm_(p.mT, do_i)
-                    ds = (do_i @ v_j[:n_keys].mT).sub_(_fresh(delta[start:stop, b, h], dtype)[:, None]).mul_(p)
-                    dk[:n_keys].addmm_(ds.mT, q_i)
-                    _store(dq, 0, b, h, start, (ds @ k_j[:n_keys]).mul_(scale))
-            _store(dkv, 0, b, j, 0, dk.mul_(scale))
+                    s = _products(q_i, k_j[keys], options)  # [rows, keys]
+                    slope = _slope(s, options)
+                    p = _masked(_capped(s, options), start, keys.start, options).sub_(lse_i[:, None]).exp_()
+                    dv[keys].addmm_(p.mT, do_i)
+                    ds = (do_i @ v_j[keys].mT).sub_(_fresh(delta[start:stop, b, h], dtype)[:, None]).mul_(p)
+                    if slope is not None:
+                        ds.mul_(slope)
+                    dk[keys].addmm_(ds.mT, q_i)
+                    _store(dq, 0, b, h, start, (ds @ k_j[keys]).mul_(options.scale))
+            _store(dkv, 0, b, j, 0, dk.mul_(options.scale))
             _store(dkv, 1, b, j, 0, dv)
 
 
@@ -98,19 +103,39 @@ def _kv_heads(k: Tensor, hq: int, heads: HeadMap) -> Iterator[tuple[int, range]]
         yield j, range(max(0, first), min(hq, first + heads.group))
 
 
-def _query_blocks(S: int, Sk: int, causal: bool) -> Iterator[tuple[int, int, int]]:
-    """First query, one past the last, and how many keys they look at."""
+def _query_blocks(S: int, Sk: int, options: Options) -> Iterator[tuple[int, int, slice]]:
+    """First query, one past the last, and the keys that any of them attends."""
+    left, right = options.bounds
     for start in range(0, S, BLOCK):
         stop = min(start + BLOCK, S)
-        yield start, stop, min(stop, Sk) if causal else Sk
+        first = 0 if left < 0 else min(Sk, max(0, start - left))
+        yield start, stop, slice(first, Sk if right < 0 else max(first, min(Sk, stop + right)))
 
 
-def _scores(q: Tensor, k: Tensor, start: int, scale: float, causal: bool) -> Tensor:
-    """Scaled scores `[rows, n_keys]` of the queries from `start` on with all of `k`, -inf where not attended."""
-    s = (q @ k.mT).mul_(scale)
-    if causal and len(k) > start:
-        corner = s[:, start:]  # the keys before it are attended by the whole block
-        corner.masked_fill_(torch.ones_like(corner, dtype=torch.bool).triu_(1), -torch.inf)
+def _products(q: Tensor, k: Tensor, options: Options) -> Tensor:
+    """`scale q k^T`, `[rows, keys]`."""
+    return (q @ k.mT).mul_(options.scale)
+
+
+def _capped(s: Tensor, options: Options) -> Tensor:
+    """In place, the softcap of `s`, if there is one."""
+    return s if options.softcap is None else s.div_(options.softcap).tanh_().mul_(options.softcap)
+
+
+def _slope(s: Tensor, options: Options) -> Tensor | None:
+    """The derivative of the softcap at `s`, 1 - tanh^2 = 1 / cosh^2, which loses nothing where tanh is near 1."""
+    return None if options.softcap is None else (s / options.softcap).cosh_().reciprocal_().square_()
+
+
+def _masked(s: Tensor, start: int, first: int, options: Options) -> Tensor:
+    """In place, -inf where the queries from `start` on do not attend the keys from `first` on."""
+    left, right = options.bounds
+    if right >= 0:
+        corner = s[:, start + right + 1 - first :]  # the keys before it are not too late for any of the block
+        corner.masked_fill_(torch.ones_like(corner, dtype=torch.bool).triu_(), -torch.inf)
+    if left >= 0:
+        corner = s[:, : max(0, start + len(s) - 1 - left - first)]  # nor are those after this one too early
+        corner.masked_fill_(torch.ones_like(corner, dtype=torch.bool).tril_(start - left - first - 1), -torch.inf)
     return s
 
 

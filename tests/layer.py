@@ -40,6 +40,8 @@ class Case:
     recompute: str | None = None
     return_lse: bool = False
     scale: float | None = None
+    window: tuple[int, int] | None = None
+    softcap: float | None = None
     seed: int = 0
     fused: bool = False
     rope: int = 0
@@ -98,12 +100,18 @@ def truth(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
         oracle.rope(oracle.rms_norm(leaves[n].to(wide), norms[f"{n}_norm"], 1e-6), angles, case.interleaved).to(dtype)
         for n in ("q", "k")
     )
-    out, lse = oracle.attention(q.to(wide), k.to(wide), leaves["v"].to(wide), causal=case.causal, scale=case.scale)
+    out, lse = oracle.attention(
+        q.to(wide), k.to(wide), leaves["v"].to(wide), causal=case.causal, scale=case.scale, window=case.window,
+        softcap=case.softcap,
+    )  # fmt: skip
     if dtype != torch.float64:
         repeat = case.heads // case.kv_heads
         parts = [q, k.repeat_interleave(repeat, 2), leaves["v"].repeat_interleave(repeat, 2)]
+        mask: dict[str, Any] = {"is_causal": case.causal}
+        if case.window:
+            mask = {"attn_mask": oracle.allowed(q.size(1), k.size(1), causal=case.causal, window=case.window)}
         out = torch.nn.functional.scaled_dot_product_attention(
-            *(t.transpose(1, 2) for t in parts), is_causal=case.causal, scale=case.scale
+            *(t.transpose(1, 2) for t in parts), **mask, scale=case.scale
         ).transpose(1, 2)
     total = (out * inputs["dout"]).sum()
     if case.return_lse:
@@ -126,6 +134,8 @@ def run(case: Case, rank: int, group: Any) -> dict[str, Tensor]:
     options: dict[str, Any] = {
         "causal": case.causal,
         "scale": case.scale,
+        "window": case.window,
+        "softcap": case.softcap,
         "lens": case.lens if uneven else None,
         "attention": case.attention,
         "recompute": case.recompute,
@@ -194,12 +204,14 @@ def check(case: Case, results: list[dict[str, Tensor]]) -> None:
     """Hold all ranks' results against fp64: fp32 by a fixed tolerance, bf16 and fp16 by twice PyTorch's own error.
 
     In few elements it is luck which of two errors is larger, and dq and dk may nearly cancel; such results may also be
-    off by one unit in the last place of numbers of the size that they are sums of.
+    off by one unit in the last place of numbers of the size that they are sums of. PyTorch has no softcap; as its slope
+    is at most 1, the error may be that of the same attention without.
     """
     expected = truth(case)
     dtype = DTYPES[case.dtype]
     low = case.dtype in ("bf16", "fp16")
-    peer = truth(case, dtype) if low else {}
+    uncapped = replace(case, softcap=None)
+    peer, exact = (truth(uncapped, dtype), truth(uncapped) if case.softcap else expected) if low else ({}, {})
     summand = expected["dv"].norm() / max(1, expected["dv"].numel()) ** 0.5
     errors = {}
     for name, result in joined(case, results).items():
@@ -212,7 +224,7 @@ def check(case: Case, results: list[dict[str, Tensor]]) -> None:
         error = (result[finite].double() - want).norm().item() / size
         allowed = TOLERANCE.get(case.dtype, FLOOR)
         if low:
-            peer_error = (peer[name][finite].double() - want).norm().item() / size
+            peer_error = (peer[name][finite].double() - exact[name][finite]).norm().item() / size
             allowed = max(2 * peer_error, torch.finfo(dtype).eps if want.numel() < FEW else FLOOR)
         if not error <= allowed:
             errors[name] = f"{error:.3g} > {allowed:.3g}"
@@ -254,6 +266,8 @@ def cases(draw: st.DrawFn, ranks: int, attentions: tuple[str, ...], max_tokens: 
         recompute=draw(st.sampled_from([None, "exchange"])),
         return_lse=attention != "aten" and draw(st.booleans()),
         scale=draw(st.sampled_from([None, 0.3])),
+        window=None if attention == "aten" else draw(st.none() | st.tuples(*[st.integers(-1, max_tokens)] * 2)),
+        softcap=None if attention == "aten" else draw(st.sampled_from([None, 1.5, 30.0])),
         seed=draw(st.integers(0, 2**16)),
         fused=fused,
         rope=draw(st.sampled_from([0, dim, dim // 4 * 2])) if fused else 0,

@@ -8,17 +8,33 @@ import torch
 from torch import Tensor
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None) -> tuple[Tensor, Tensor]:
+def allowed(queries: int, keys: int, *, causal: bool, window: tuple[int, int] | None = None) -> Tensor:
+    """Which query [queries, 1] attends which key [1, keys]."""
+    left, right = window or (-1, -1)
+    i, j = torch.arange(queries).unsqueeze(1), torch.arange(keys)
+    kept = j <= i if causal else torch.ones(queries, keys, dtype=torch.bool)
+    if left >= 0:
+        kept = kept & (i - j <= left)
+    return kept & (j - i <= right) if right >= 0 else kept
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None,
+    window: tuple[int, int] | None = None, softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q [B, S, Hq, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv] -> out, LSE; all scores at once."""
     repeat = q.size(2) // k.size(2)
     k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * (scale if scale is not None else 1 / math.sqrt(q.size(-1)))
-    if causal:
-        allowed = torch.arange(k.size(1)) <= torch.arange(q.size(1)).unsqueeze(-1)
-        scores = scores.masked_fill(~allowed, -math.inf)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    kept = allowed(q.size(1), k.size(1), causal=causal, window=window)
+    keyless = ~kept.any(-1, keepdim=True)
+    scores = scores.masked_fill(~kept, -math.inf).masked_fill(keyless, 0.0)  # numbers, for the sake of the gradient
     lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - lse.unsqueeze(-1)) if k.size(1) else scores
-    return torch.einsum("bhqk,bkhd->bqhd", weights, v), lse.transpose(1, 2)
+    weights = torch.exp(scores - lse.unsqueeze(-1)).masked_fill(keyless, 0.0) if k.size(1) else scores
+    out = torch.einsum("bhqk,bkhd->bqhd", weights, v)
+    return out, lse.masked_fill(keyless[:, 0], -math.inf).transpose(1, 2)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import relative_error
+from oracle import allowed, relative_error
 from torch import Tensor
 
-from ulysses_triton.kernels import _config, _mask, _rows, attend_backward, attend_forward, reference
-from ulysses_triton.kernels._views import HeadMap, Span
+from ulysses_triton.kernels import _config, _mask, _rows, _softcap, attend_backward, attend_forward, reference
+from ulysses_triton.kernels._views import HeadMap, Options, Span
 
 KERNELS = (attend_forward.attend_forward, attend_backward.attend_backward)
 TWINS = (reference.attend_forward, reference.attend_backward)
@@ -43,6 +43,8 @@ class Case:
     key_cuts: tuple[int, ...] = ()
     aligned: bool = True
     partial: bool = False  # dk and dv in fp32
+    window: tuple[int, int] | None = None
+    softcap: float | None = None
     seed: int = 0
 
     @property
@@ -50,8 +52,12 @@ class Case:
         return (self.hq - 1 + self.offset) // self.group + 1
 
     @property
-    def heads(self) -> HeadMap:
-        return HeadMap(self.group, self.offset)
+    def options(self) -> Options:
+        return Options(self.scale, self.causal, HeadMap(self.group, self.offset), self.window, self.softcap)
+
+    @property
+    def kept(self) -> Tensor:
+        return allowed(self.S, self.Sk, causal=self.causal, window=self.window)
 
 
 class Memory:
@@ -111,10 +117,14 @@ def attention_fp64(case: Case, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor,
     """Output `[S, B, hq, Dv]` and LSE `[S, B, hq]` by autograd's rules."""
     kv_head = torch.tensor([(h + case.offset) // case.group for h in range(case.hq)])
     scores = torch.einsum("ibhd,jbhd->ibhj", q, k[:, :, kv_head]) * case.scale
-    if case.causal:
-        later = torch.arange(case.Sk) > torch.arange(case.S)[:, None]
-        scores = scores.masked_fill(later[:, None, None], -math.inf)
-    return torch.einsum("ibhj,jbhd->ibhd", scores.softmax(-1), v[:, :, kv_head]), scores.logsumexp(-1)
+    if case.softcap is not None:
+        scores = case.softcap * (scores / case.softcap).tanh()
+    kept = case.kept[:, None, None]  # [S, 1, 1, Sk]
+    keyless = ~kept.any(-1, keepdim=True)
+    scores = scores.masked_fill(~kept, -math.inf).masked_fill(keyless, 0.0)  # numbers, for the sake of the gradient
+    weights = scores.softmax(-1).masked_fill(keyless, 0.0)
+    lse = scores.logsumexp(-1).masked_fill(keyless[..., 0], -math.inf)
+    return torch.einsum("ibhj,jbhd->ibhd", weights, v[:, :, kv_head]), lse
 
 
 def problem(case: Case, memory: Memory) -> Problem:
@@ -143,24 +153,25 @@ def run(launchers, case: Case, p: Problem, memory: Memory) -> dict[str, Tensor]:
     """Forward and backward; the LSE comes twice, and both must be the same numbers."""
     forward, backward = launchers
     sums = torch.float32 if case.partial else case.dtype
-    options = dict(scale=case.scale, causal=case.causal, heads=case.heads)
     out = spans_of(memory, case.S, case.cuts, case.B, (case.hq, case.Dv, case.dtype), (case.hq, 0, p.lse.dtype))
     dq = spans_of(memory, case.S, case.cuts, case.B, (case.hq, case.D, case.dtype))
     dkv = spans_of(memory, case.Sk, case.key_cuts, case.B, (case.hkv, case.D, sums), (case.hkv, case.Dv, sums))
     lse = torch.full_like(p.lse, math.nan)
-    forward(p.q, p.k, p.v, out, lse, **options)
-    backward(p.q, p.k, p.v, p.do, p.lse, p.delta, dq, dkv, **options)
+    forward(p.q, p.k, p.v, out, lse, case.options)
+    backward(p.q, p.k, p.v, p.do, p.lse, p.delta, dq, dkv, case.options)
     assert torch.equal(lse.permute(2, 1, 0), joined(out, 1))
     results = (joined(out, 0), joined(out, 1), joined(dq, 0), joined(dkv, 0), joined(dkv, 1))
     return dict(zip(NAMES, results, strict=True))
 
 
 def achieved_by_torch(case: Case, p: Problem) -> dict[str, float]:
-    """Relative errors of PyTorch's SDPA in the case's dtype (without a gradient of the LSE, which it cannot take)."""
+    """Relative errors of PyTorch's SDPA in the case's dtype, without what it cannot: the LSE's gradient, softcap."""
+    case = replace(case, softcap=None)
     kv_head = torch.tensor([(h + case.offset) // case.group for h in range(case.hq)])
     leaves = [x.detach().clone().requires_grad_() for x in (p.q, p.k, p.v)]
     q, k, v = (x.permute(1, 2, 0, 3) for x in (leaves[0], leaves[1][:, :, kv_head], leaves[2][:, :, kv_head]))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=case.causal, scale=case.scale)
+    mask = {"attn_mask": case.kept} if case.window else {"is_causal": case.causal}
+    out = F.scaled_dot_product_attention(q, k, v, **mask, scale=case.scale)
     grads = torch.autograd.grad(out, leaves, p.do.permute(1, 2, 0, 3))
     exact = [x.double().requires_grad_() for x in (p.q, p.k, p.v)]
     out64, _ = attention_fp64(case, *exact)
@@ -176,7 +187,10 @@ def assert_close(case: Case, p: Problem, results: dict[str, Tensor]) -> None:
     else:
         allowed = {name: 2 * error for name, error in achieved_by_torch(case, p).items()} | {"lse": 2e-6}
     for name, result in results.items():
-        error = relative_error(result, p.truth[name])
+        truth = p.truth[name]
+        keyless = truth == -math.inf
+        assert torch.equal(result == -math.inf, keyless), f"{name}: -inf where no key is attended, and nowhere else"
+        error = relative_error(result[~keyless], truth[~keyless])
         assert error <= allowed[name], f"{name}: {error:.2e}, allowed {allowed[name]:.2e}"
 
 
@@ -203,6 +217,20 @@ CASES = {
     "negative scale": Case(scale=-0.3),
     "scale 0": Case(scale=0.0),
     "unaligned": Case(aligned=False, B=2, S=40, Sk=40, cuts=(10,), key_cuts=(20,)),
+    "window of the token itself": Case(window=(0, 0), causal=False),
+    "window to the left": Case(S=150, Sk=150, window=(5, -1), causal=False),
+    "window to the right": Case(S=150, Sk=150, window=(-1, 3), causal=False),
+    "window causal": Case(S=150, Sk=150, window=(70, 9)),
+    "window wider than S": Case(window=(1000, 2**31 - 1), causal=False),
+    "window without bounds": Case(window=(-1, -1)),
+    "window more queries": Case(S=150, Sk=40, window=(20, 7), causal=False),
+    "window more keys": Case(S=40, Sk=150, window=(9, 40), causal=False, group=2, offset=1, key_cuts=(33,)),
+    "softcap": Case(softcap=2.0),
+    "softcap saturated": Case(softcap=0.2, causal=False),
+    "softcap hardly bends": Case(softcap=1000.0),
+    "softcap negative scale": Case(softcap=1.0, scale=-0.3),
+    "softcap scale 0": Case(softcap=1.0, scale=0.0),
+    "window softcap": Case(S=100, Sk=80, window=(33, 5), causal=False, softcap=3.0, hq=4, group=2),
 }
 LOW = {
     "causal": Case(),
@@ -212,6 +240,7 @@ LOW = {
     "D 128": Case(D=128, Dv=128, S=40, Sk=40),
     "partial sums": Case(partial=True, S=40, Sk=40),
     "unaligned": Case(aligned=False, S=40, Sk=40),
+    "window softcap": Case(window=(20, 0), softcap=3.0),
 }
 
 
@@ -244,8 +273,12 @@ def test_reference_in_fp64(case: Case) -> None:
     assert_close(case, p, run(TWINS, case, p, memory))
 
 
-def test_reference_over_several_blocks() -> None:
-    case = Case(S=600, Sk=530, D=16, Dv=16, hq=1, cuts=(250, 300), key_cuts=(400,))
+@pytest.mark.parametrize("window", [None, (100, 0), (300, 20), (3, 300)], ids=str)
+@pytest.mark.parametrize("causal", [False, True], ids=["dense", "causal"])
+def test_reference_over_several_blocks(causal: bool, window: tuple[int, int] | None) -> None:
+    case = Case(
+        S=600, Sk=530, D=16, Dv=16, hq=1, cuts=(250, 300), key_cuts=(400,), causal=causal, window=window, softcap=4.0
+    )
     memory = Memory(True)
     p = problem(case, memory)
     assert_close(case, p, run(TWINS, case, p, memory))
@@ -284,7 +317,7 @@ def test_a_masked_row_in_backward(launchers) -> None:
 @pytest.mark.parametrize("launchers", [KERNELS, TWINS], ids=["triton", "reference"])
 def test_results_do_not_depend_on_where_they_lie(launchers) -> None:
     """Bit for bit: strides, alignment, spans, and the heads that are worked on beside."""
-    case = Case(S=70, Sk=70, hq=4, group=2, D=40, Dv=24)
+    case = Case(S=70, Sk=70, hq=4, group=2, D=40, Dv=24, window=(40, 0), softcap=5.0)
     memory = Memory(True)
     p = problem(case, memory)
     whole = run(launchers, case, p, memory)
@@ -305,12 +338,16 @@ def test_results_do_not_depend_on_where_they_lie(launchers) -> None:
 @given(
     S=st.integers(1, 80), Sk=st.integers(1, 80), hq=st.integers(1, 4), group=st.integers(1, 4),
     offset=st.integers(0, 3), D=st.sampled_from([8, 24, 64]), Dv=st.sampled_from([8, 32]), causal=st.booleans(),
+    window=st.none() | st.tuples(st.integers(-1, 90), st.integers(-1, 90)), softcap=st.sampled_from([None, 1.0, 20.0]),
     aligned=st.booleans(), data=st.data(),
 )  # fmt: skip
-def test_drawn_cases(S, Sk, hq, group, offset, D, Dv, causal, aligned, data) -> None:
+def test_drawn_cases(S, Sk, hq, group, offset, D, Dv, causal, window, softcap, aligned, data) -> None:
     cuts = data.draw(st.lists(st.integers(0, S), max_size=3).map(sorted).map(tuple), "cuts")
     key_cuts = data.draw(st.lists(st.integers(0, Sk), max_size=3).map(sorted).map(tuple), "key_cuts")
-    case = Case(S, Sk, 1, hq, group, offset % group, D, Dv, causal, cuts=cuts, key_cuts=key_cuts, aligned=aligned)
+    case = Case(
+        S, Sk, 1, hq, group, offset % group, D, Dv, causal, cuts=cuts, key_cuts=key_cuts, aligned=aligned,
+        window=window, softcap=softcap,
+    )  # fmt: skip
     memory = Memory(aligned)
     p = problem(case, memory)
     for launchers in (KERNELS, TWINS):
@@ -329,9 +366,7 @@ def test_offsets_past_32_bits(tmp_path) -> None:
     near = torch.full((n, 1, 1, 16), math.nan, dtype=torch.float16)
     for target in (out, near):
         inputs = (q, k, v) if target is out else tuple(x.clone() for x in (q, k, v))
-        attend_forward.attend_forward(
-            *inputs, [Span(0, (target, None))], None, scale=0.25, causal=True, heads=HeadMap(1, 0)
-        )
+        attend_forward.attend_forward(*inputs, [Span(0, (target, None))], None, Options(0.25, True, HeadMap(1, 0)))
     assert torch.equal(out, near)
 
 
@@ -346,54 +381,137 @@ def test_span_tables_are_made_once() -> None:
 def test_nothing_is_launched_for_no_tokens() -> None:
     q, k = torch.empty(0, 1, 2, 16), torch.empty(5, 1, 2, 16)
     with _config.capture("sm_90") as launches:
-        attend_forward.attend_forward(q, k, k, [], None, scale=1.0, causal=True, heads=HeadMap(1, 0))
+        attend_forward.attend_forward(q, k, k, [], None, Options(1.0, True, HeadMap(1, 0)))
     assert launches == []
 
 
 @triton.jit
+def _tanh_kernel(x_ptr, y_ptr, slope_ptr, SIZE: tl.constexpr):
+    o = tl.arange(0, SIZE)
+    y, slope = _softcap.tanh(tl.load(x_ptr + o))
+    tl.store(y_ptr + o, y)
+    tl.store(slope_ptr + o, slope)
+
+
+def test_tanh_keeps_its_digits() -> None:
+    """Each value to a few units of fp32: near 0, where tanh cancels, and far out, where its slope does."""
+    x = torch.cat([torch.logspace(-30, 1.2, 1023), torch.tensor([0.0])])
+    x = torch.cat([x, -x, torch.linspace(-1, 1, 2044), torch.tensor([100.0, -100.0, 1e30, -1e30])])
+    y, slope = torch.empty_like(x), torch.empty_like(x)
+    _config.launch(
+        _tanh_kernel, (1,), num_warps=4, num_stages=1, x_ptr=x, y_ptr=y, slope_ptr=slope, SIZE=len(x)
+    )  # fmt: skip
+    exact = x.double().tanh()
+    torch.testing.assert_close(y.double(), exact, rtol=3e-7, atol=0.0)
+    torch.testing.assert_close(slope.double(), x.double().cosh().pow(-2), rtol=1e-5, atol=1e-30)
+    near = x.abs() < 4
+    torch.testing.assert_close(slope[near].double(), x[near].double().cosh().pow(-2), rtol=1e-6, atol=0.0)
+
+
+@triton.jit
 def _tiles_kernel(
-    ranges_ptr, key_ranges_ptr, place_ptr, kept_ptr, S, Sk, n_heads, section,
-    IS_CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr,
+    ranges_ptr, key_ranges_ptr, place_ptr, S, Sk, n_heads, section, left, right,
+    IS_CAUSAL: tl.constexpr, IS_WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     for i in range(0, tl.cdiv(S, BLOCK_M)):
-        full, end = _mask.tile_range(i * BLOCK_M, S, Sk, IS_CAUSAL, BLOCK_M, BLOCK_N)
-        tl.store(ranges_ptr + 2 * i, full)
-        tl.store(ranges_ptr + 2 * i + 1, end)
+        full, full_end, begin, end = _mask.tile_range(
+            i * BLOCK_M, S, Sk, left, right, IS_CAUSAL, IS_WINDOW, BLOCK_M, BLOCK_N
+        )
+        tl.store(ranges_ptr + 4 * i, full)
+        tl.store(ranges_ptr + 4 * i + 1, full_end)
+        tl.store(ranges_ptr + 4 * i + 2, begin)
+        tl.store(ranges_ptr + 4 * i + 3, end)
     for i in range(0, tl.cdiv(Sk, BLOCK_N)):
-        begin, full = _mask.tile_range_keys(i * BLOCK_N, S, IS_CAUSAL, BLOCK_M, BLOCK_N)
-        tl.store(key_ranges_ptr + 2 * i, begin)
-        tl.store(key_ranges_ptr + 2 * i + 1, full)
+        full, full_end, begin, end = _mask.tile_range_keys(
+            i * BLOCK_N, S, Sk, left, right, IS_CAUSAL, IS_WINDOW, BLOCK_M, BLOCK_N
+        )
+        tl.store(key_ranges_ptr + 4 * i, full)
+        tl.store(key_ranges_ptr + 4 * i + 1, full_end)
+        tl.store(key_ranges_ptr + 4 * i + 2, begin)
+        tl.store(key_ranges_ptr + 4 * i + 3, end)
     for i in range(0, tl.cdiv(S, BLOCK_M) * n_heads):
         i_tile, i_head = _mask.place(i, tl.cdiv(S, BLOCK_M), n_heads, section, True)
         tl.store(place_ptr + 2 * i, i_tile)
         tl.store(place_ptr + 2 * i + 1, i_head)
+
+
+@triton.jit
+def _keep_kernel(
+    kept_ptr, Sk, left, right, IS_CAUSAL: tl.constexpr, IS_WINDOW: tl.constexpr, SIZE: tl.constexpr
+):  # fmt: skip
     o = tl.arange(0, SIZE)
-    kept = _mask.keep(o[:, None], o[None, :], Sk, IS_CAUSAL)
+    kept = _mask.keep(o[:, None], o[None, :], Sk, left, right, IS_CAUSAL, IS_WINDOW)
     tl.store(kept_ptr + o[:, None] * SIZE + o[None, :], kept.to(tl.int32))
+
+
+def tiles_of(options: Options, S: int, Sk: int, M: int, N: int, heads: int = 1, section: int = 1) -> tuple[Tensor, ...]:
+    """Ranges of the query tiles and of the key tiles, `[tiles, 4]`, and (tile, head) of every program."""
+    ranges, key_ranges = (torch.zeros(-(-n // block), 4, dtype=torch.int32) for n, block in ((S, M), (Sk, N)))
+    placed = torch.zeros(len(ranges) * heads, 2, dtype=torch.int32)
+    _config.launch(
+        _tiles_kernel, (1,), num_warps=4, num_stages=1, ranges_ptr=ranges, key_ranges_ptr=key_ranges, place_ptr=placed,
+        S=S, Sk=Sk, n_heads=heads, section=section, BLOCK_M=M, BLOCK_N=N, **_mask.mask(options, S, Sk),
+    )  # fmt: skip
+    return ranges, key_ranges, placed
 
 
 @given(
     S=st.integers(1, 60), Sk=st.integers(1, 60), causal=st.booleans(), M=st.sampled_from([8, 16]),
+    window=st.none() | st.tuples(*[st.integers(-1, 20) | st.integers(-1, 70)] * 2),
     N=st.sampled_from([8, 16]), heads=st.integers(1, 5), section=st.integers(1, 5),
 )  # fmt: skip
-def test_tiles_hold_what_is_kept(S, Sk, causal, M, N, heads, section) -> None:
+def test_tiles_hold_what_is_kept(S, Sk, causal, window, M, N, heads, section) -> None:
     """Full tiles are kept whole, skipped ones hold nothing, and every tile of every head has one program."""
-    tiles, key_tiles = -(-S // M), -(-Sk // N)
-    ranges, key_ranges = torch.zeros(tiles, 2, dtype=torch.int32), torch.zeros(key_tiles, 2, dtype=torch.int32)
-    placed, kept = torch.zeros(tiles * heads, 2, dtype=torch.int32), torch.zeros(64, 64, dtype=torch.int32)
+    options = Options(1.0, causal, HeadMap(1, 0), window)
+    ranges, key_ranges, placed = tiles_of(options, S, Sk, M, N, heads, section)
+    kept = torch.zeros(64, 64, dtype=torch.int32)
     _config.launch(
-        _tiles_kernel, (1,), num_warps=4, num_stages=1, ranges_ptr=ranges, key_ranges_ptr=key_ranges, place_ptr=placed,
-        kept_ptr=kept, S=S, Sk=Sk, n_heads=heads, section=section, IS_CAUSAL=causal, BLOCK_M=M, BLOCK_N=N, SIZE=64,
+        _keep_kernel, (1,), num_warps=4, num_stages=1, kept_ptr=kept, Sk=Sk, SIZE=64, **_mask.mask(options, S, Sk)
     )  # fmt: skip
-    pairs = torch.tensor([[j < Sk and (j <= i or not causal) for j in range(64)] for i in range(64)])
-    assert torch.equal(kept.bool(), pairs)
-    for i, (full, end) in enumerate(ranges.tolist()):
-        of_tile = pairs[i * M : min((i + 1) * M, S)]
-        assert full % N == 0 and of_tile[:, :full].all() and not of_tile[:, end:].any()
-        assert not pairs[i * M : (i + 1) * M, full : full + N].all(), "a full tile is asked for every pair"
-    for i, (begin, full) in enumerate(key_ranges.tolist()):
-        of_tile = pairs[:S, i * N : min((i + 1) * N, Sk)]
-        assert begin % M == 0 and not of_tile[:begin].any() and of_tile[full:].all()
+    pairs = torch.nn.functional.pad(allowed(S, Sk, causal=causal, window=window), (0, 64 - Sk, 0, 64 - S))
+    assert torch.equal(kept[:S].bool(), pairs[:S])
+    windowed = _mask.mask(options, S, Sk)["IS_WINDOW"]
+    for i, found in enumerate(ranges.tolist()):
+        check_ranges(pairs[i * M : min((i + 1) * M, S)], found, N, windowed)
+        assert found[0] == found[1] or found[1] % N == 0, "a full tile's keys are loaded without a mask"
+        assert not pairs[i * M : (i + 1) * M, found[1] : found[1] + N].all(), "a full tile is asked for every pair"
+    for i, found in enumerate(key_ranges.tolist()):
+        check_ranges(pairs[:S, i * N : min((i + 1) * N, Sk)].T, found, M, windowed)
     order = [tuple(p) for p in placed.tolist()]
-    assert sorted(order) == [(t, h) for t in range(tiles) for h in range(heads)]
-    assert [t for t, h in order if h == 0] == list(range(tiles))[::-1]
+    assert sorted(order) == [(t, h) for t in range(len(ranges)) for h in range(heads)]
+    assert [t for t, h in order if h == 0] == list(range(len(ranges)))[::-1]
+
+
+def partial_tiles(found: list[int], block: int, window: bool) -> list[int]:
+    """Where the partial tiles lie, by the rule of `_mask.partial_tile`."""
+    full, full_end, begin, end = found
+    return [i + full_end - full if window and i >= full else i for i in range(begin, end, block)]
+
+
+def check_ranges(pairs: Tensor, found: list[int], block: int, window: bool) -> None:
+    """`pairs [rows, columns]` of one tile of rows: each tile of columns once, full, partial, or skipped as empty.
+
+    Of a window, no tile is visited in vain. A causal mask alone is coarser where a key tile reaches past the sequence.
+    """
+    full, full_end = found[:2]
+    partial = partial_tiles(found, block, window)
+    visited = [*partial, *range(full, full_end, block)]
+    assert pairs[:, full:full_end].all() and len(visited) == len(set(visited))
+    for start in range(0, pairs.shape[1], block):
+        tile = pairs[:, start : start + block]
+        assert start in visited or not tile.any(), "a tile that holds pairs is skipped"
+        if window and start in partial:
+            assert tile.any(), "a tile that holds nothing is visited"
+            assert tile.shape[1] < block or not tile.all(), "a full tile is asked for every pair"
+
+
+def test_work_of_a_window_follows_the_window() -> None:
+    """Tiles of queries x keys that are visited, by the forward (and dq) and by dk and dv."""
+    S, M, N = 4096, 64, 32
+    for window, columns in (((0, 0), 1), ((128, 0), 129), ((100, 60), 161)):
+        ranges, key_ranges, _ = tiles_of(Options(1.0, False, HeadMap(1, 0), window), S, S, M, N)
+        for found, rows, block in ((ranges, M, N), (key_ranges, N, M)):
+            tiles = [len(partial_tiles(r, block, True)) + len(range(r[0], r[1], block)) for r in found.tolist()]
+            assert max(tiles) <= (rows + columns - 2) // block + 2
+    for start, _, keys in reference._query_blocks(S, S, Options(1.0, True, HeadMap(1, 0), (100, 60))):
+        assert keys.stop - keys.start <= reference.BLOCK + 100 and keys.start >= start - 100

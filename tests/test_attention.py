@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import oracle
 import pytest
 import torch
 import torch.distributed as dist
@@ -36,8 +37,10 @@ def callable_case(case: Case) -> Case:
     return replace(case, attention=sdpa, recompute=None, return_lse=False)
 
 
-def sdpa(q, k, v, *, causal, scale):
-    """A user's attention: [B, S, h, D] in and out."""
+def sdpa(q, k, v, *, causal, scale, **options):
+    """A user's attention: [B, S, h, D] in and out. PyTorch's own has neither window nor softcap, so the oracle does."""
+    if options:
+        return oracle.attention(q.float(), k.float(), v.float(), causal=causal, scale=scale, **options)[0].to(q.dtype)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
     return out.transpose(1, 2)
@@ -100,6 +103,18 @@ def test_fused_forward_is_the_same_bits_for_every_number_of_ranks(attention):
             torch.testing.assert_close(one[name], many[name], rtol=8e-3, atol=1e-2)  # bf16 shares, rounded per rank
 
 
+@pytest.mark.parametrize("options", [{"window": (9, 0)}, {"window": (3, 14), "softcap": 2.0}], ids=str)
+@pytest.mark.parametrize("attention", ["triton", "reference"])
+def test_a_window_and_a_softcap_are_the_same_bits_for_every_number_of_ranks(pool, attention, options):
+    """Shards of the window's own length and shorter, on both exchanges."""
+    case = Case((45,), 4, 4, dtype="bf16", attention=attention, causal=False, return_lse=True, **options)
+    one = joined(case, virtually(case))
+    for many in (case.on(2), case.on(4), replace(case, lens=(1, 40, 0, 4))):
+        for results in (virtually(many), pool.run(many.ranks, on_process, many)):
+            found = joined(many, results)
+            assert all(torch.equal(one[name], found[name]) for name in ("out", "lse", "dq", "dk", "dv"))
+
+
 @pytest.mark.parametrize("attention", ["triton", "reference"])
 def test_shared_kv_heads_change_only_the_order_of_a_sum(attention):
     case = Case((40,), 4, 1, dtype="fp32", attention=attention)
@@ -124,6 +139,7 @@ def test_every_exchange_gives_the_same_bits(pool):
         Case((3, 2), 2, 2, kv_lens=(0, 0), dtype="fp32", causal=False, return_lse=True),
         Case((0, 0), 2, 2, kv_lens=(2, 1), dtype="fp32"),
         Case((2, 3), 2, 2, kv_lens=(1, 0), dtype="fp32", return_lse=True),
+        Case((20, 9), 2, 2, kv_lens=(3, 4), dtype="fp32", causal=False, window=(4, 2), softcap=1.0, return_lse=True),
         Case((17, 16), 2, 1, dim=256, value_dim=256, dtype="bf16"),
         Case((17, 16), 4, 2, dim=192, value_dim=128, dtype="bf16"),
         Case((6, 6, 6, 6, 6, 6), 12, 4, dim=8, value_dim=8, dtype="fp32"),
@@ -132,8 +148,8 @@ def test_every_exchange_gives_the_same_bits(pool):
         Case((6, 3), 4, 2, kv_lens=(0, 11), dim=8, value_dim=24, dtype="fp32", batch=2, attention=sdpa),
     ],
     ids=[
-        "one token", "empty ranks", "no keys", "no queries", "masked rows", "D 256", "MLA dims", "uneven kv",
-        "callable GQA", "callable uneven kv", "callable cross",
+        "one token", "empty ranks", "no keys", "no queries", "masked rows", "window past the keys", "D 256", "MLA dims",
+        "uneven kv", "callable GQA", "callable uneven kv", "callable cross",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("attention", ["reference", "triton"])
@@ -148,6 +164,20 @@ def test_no_process_group_is_plain_attention():
     expected = sdpa(q, k, v, causal=True, scale=None)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(torch.autograd.grad(out.sum(), q)[0], torch.autograd.grad(expected.sum(), q)[0])
+
+
+def test_a_callable_gets_window_and_softcap_only_where_they_are_given():
+    seen = []
+
+    def attention(q, k, v, **options):
+        seen.append(options)
+        return v
+
+    q = torch.randn(1, 4, 2, 16)
+    ulysses_attention(q, q, q, attention=attention)
+    ulysses_attention(q, q, q, attention=attention, window=(2, -1), softcap=5)
+    plain = {"causal": False, "scale": 0.25}
+    assert seen == [plain, plain | {"window": (2, -1), "softcap": 5.0}]
 
 
 def test_inputs_are_not_written_to():

@@ -103,8 +103,9 @@ def test_a_wrong_kernel_is_not_timed(tmp_path: Path) -> None:
         pack.pack(q, k, v, rows, transform)
         rows[-1].q[-1] = float("nan")
 
-    def with_another_scale(*args, scale: float, **options) -> None:
-        attend_forward.attend_forward(*args, scale=scale * 1.05, **options)
+    def with_another_scale(*args) -> None:
+        *tensors, options = args
+        attend_forward.attend_forward(*tensors, options._replace(scale=options.scale * 1.05))
 
     kernels = Kernels(pack=without_the_last_token, attend_forward=with_another_scale)
     assert gpu.main(["--interpret", "--part", "attend,move", "--out", str(tmp_path)], kernels) == 1

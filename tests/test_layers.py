@@ -20,6 +20,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "kernels._mask",
         "kernels._rope_norm",
         "kernels._rows",
+        "kernels._softcap",
         "kernels._table",
         "kernels._views",
         "kernels.attend_backward",

@@ -19,8 +19,8 @@ from ulysses_triton.exchange.pool import Pool, size_class
 def op_arguments(group, q, k, v, *, norms=(None, None), recompute=False, return_lse=False, grad=True, causal=True):
     heads, kv_heads = (0, 0) if k is not None else (2, 1)
     return (
-        q, k, v, None, None, *norms, group.name, heads, kv_heads, [], [], causal, 0.25, False, 0, 1e-6, "reference",
-        recompute, return_lse, grad, op.ABI,
+        q, k, v, None, None, *norms, group.name, heads, kv_heads, [], [], causal, 0.25, [], None, False, 0, 1e-6,
+        "reference", recompute, return_lse, grad, op.ABI,
     )  # fmt: skip
 
 
@@ -51,8 +51,8 @@ def test_opcheck_of_the_backward_op(fused):
         out, _, rows = torch.ops.ulysses_triton.attention(*op_arguments(group, *given))
         arguments = (
             torch.randn_like(out), None, out, rows, fused, 16, 6, *(given if fused else (None,) * 3), *(None,) * 4,
-            group.name, 2, 1 if fused else 2, [], [], True, 0.25, False, 0, 1e-6, "reference", False, False, True,
-            op.ABI,
+            group.name, 2, 1 if fused else 2, [], [], True, 0.25, [], None, False, 0, 1e-6, "reference", False, False,
+            True, op.ABI,
         )  # fmt: skip
         checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
         opcheck(torch.ops.ulysses_triton.attention_backward.default, arguments, test_utils=checks)

@@ -126,21 +126,23 @@ def test_rows_that_were_not_drawn_are_noticed(monkeypatch: pytest.MonkeyPatch) -
     assert {row.name for row in verify.compare(case, 0, right, some, rows) if not row.ok} == {"dq", "out"}
 
 
+@pytest.mark.parametrize("extra", [{}, {"window": (7, 2), "softcap": 1.5}], ids=["plain", "window softcap"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "dense"])
-def test_truth_is_the_oracle(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_truth_is_the_oracle(causal: bool, extra: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """In many small blocks, against scores all at once and autograd."""
     monkeypatch.setattr(truth, "BLOCK_BYTES", 8 * 2 * 30 * 7)
     q, k, v, dout = (torch.randn(2, 30, h, 8, dtype=torch.float64).requires_grad_() for h in (4, 2, 2, 4))
-    out, lse = oracle.attention(q, k, v, causal=causal, scale=0.3)
+    out, lse = oracle.attention(q, k, v, causal=causal, scale=0.3, **extra)
     dlse = torch.randn_like(lse)
     grads = torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))
-    found = truth.attention(*(x.detach() for x in (q, k, v, dout)), causal=causal, scale=0.3, dlse=dlse)
+    found = truth.attention(*(x.detach() for x in (q, k, v, dout)), causal=causal, scale=0.3, dlse=dlse, **extra)
     for got, want in zip(found, (out, lse, *grads), strict=True):
         assert truth.relative_error(got, want.detach()) < 1e-14
     rows = torch.tensor([3, 4, 29])
     some = truth.attention(
-        q.detach()[:, rows], k.detach(), v.detach(), dout.detach()[:, rows], causal=causal, scale=0.3, rows=rows
-    )
+        q.detach()[:, rows], k.detach(), v.detach(), dout.detach()[:, rows], causal=causal, scale=0.3, rows=rows,
+        **extra,
+    )  # fmt: skip
     assert truth.relative_error(some.out, out.detach()[:, rows]) < 1e-14
 
 

@@ -25,6 +25,8 @@ def ulysses_attention(
     *,
     causal: bool = False,
     scale: float | None = None,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
     lens: Sequence[int] | None = None,
     kv_lens: Sequence[int] | None = None,
     attention: Attention = "auto",
@@ -46,10 +48,16 @@ def ulysses_attention(
             sequence-parallel group: with None all ranks would share one sequence. Its size must divide Hq.
         causal: token i of the whole sequence attends to tokens `0..i` (aligned at token 0 when keys differ in length).
         scale: the softmax scale; None for `1 / sqrt(D)`.
+        window: `(left, right)` in tokens: token i of the whole sequence attends to tokens `i - left .. i + right` only;
+            -1 for no bound on that side, and with `causal` right counts as 0. Aligned at token 0 also when keys differ
+            in length (flash-attn aligns at the end). A token that no key is left for gets zeros, and an LSE of -inf.
+        softcap: scores are `softcap * tanh(scale q k^T / softcap)`, ahead of the mask (Gemma 2, Gemma Team 2024,
+            https://arxiv.org/abs/2408.00118, section 2); None for none.
         lens: every rank's L in tokens, when they differ. kv_lens: every rank's Lk, when keys have lengths of their own.
         attention: "auto"; "triton" or "aten" (PyTorch's kernel) to insist on one; or a callable
-            `attention(q, k, v, causal=..., scale=...)` that gets `[B, S, h, D]` views of the whole sequence with this
-            rank's heads (fewer for k and v under GQA) and returns `[B, S, h, Dv]`.
+            `attention(q, k, v, causal=..., scale=...)`, and `window=`, `softcap=` where they are given, that gets
+            `[B, S, h, D]` views of the whole sequence with this rank's heads (fewer for k and v under GQA) and returns
+            `[B, S, h, Dv]`.
         recompute: "exchange" saves only the inputs for backward (beside the output) and exchanges again; None saves the
             exchanged q, k and v.
         return_lse: also return the log-sum-exp of the scores, `[B, L, Hq]`, natural log, fp32 (fp64 for fp64).
@@ -65,8 +73,8 @@ def ulysses_attention(
     with _told_to_peers(own):
         _check_tensors(own, q=q, k=k, v=v)
     return _attend(
-        own, (q, k, v), causal=causal, scale=scale, lens=lens, kv_lens=kv_lens, attention=attention,
-        recompute=recompute, return_lse=return_lse,
+        own, (q, k, v), causal=causal, scale=scale, window=window, softcap=softcap, lens=lens, kv_lens=kv_lens,
+        attention=attention, recompute=recompute, return_lse=return_lse,
     )  # fmt: skip
 
 
@@ -84,6 +92,8 @@ def ulysses_qkv_attention(
     norm_eps: float = 1e-6,
     causal: bool = False,
     scale: float | None = None,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
     lens: Sequence[int] | None = None,
     attention: Attention = "auto",
     recompute: str | None = None,
@@ -118,7 +128,7 @@ def ulysses_qkv_attention(
     return _attend(
         own, (qkv, None, None), (cos, sin, q_norm, k_norm), heads=heads, kv_heads=kv_heads,
         rope_interleaved=rope_interleaved, rope_dim=rope_dim or 0, norm_eps=norm_eps, causal=causal, scale=scale,
-        lens=lens, attention=attention, recompute=recompute, return_lse=return_lse,
+        window=window, softcap=softcap, lens=lens, attention=attention, recompute=recompute, return_lse=return_lse,
     )  # fmt: skip
 
 
@@ -158,6 +168,8 @@ def _attend(
     kv_lens: Sequence[int] | None = None,
     causal: bool,
     scale: float | None,
+    window: tuple[int, int] | None,
+    softcap: float | None,
     rope_interleaved: bool = False,
     rope_dim: int = 0,
     norm_eps: float = 1e-6,
@@ -172,6 +184,10 @@ def _attend(
             raise OptionError(f"attention is a {type(attention).__name__}; it must be a name or a callable")
         if callable(attention) and (return_lse or recompute):
             raise OptionError("a callable attention goes with neither return_lse nor recompute: they are the kernels'")
+        if window is not None and not _two_ints(window):
+            raise OptionError(f"window = {window!r}; it must be two ints, (left, right) in tokens, or None")
+        if softcap is not None and (isinstance(softcap, bool) or not isinstance(softcap, (int, float))):
+            raise OptionError(f"softcap is a {type(softcap).__name__}; it must be a number above 0, or None")
         parts = heads + 2 * kv_heads if qkv[1] is None else 1
         if qkv[0].dim() == 0 or parts < 1:
             raise ShapeError(f"q has shape {list(qkv[0].shape)}, with heads = {heads} and kv_heads = {kv_heads}")
@@ -187,6 +203,8 @@ def _attend(
         kv_lens=[int(n) for n in kv_lens] if kv_lens is not None else [],
         causal=causal,
         scale=float(scale if scale is not None else max(head_dim, 1) ** -0.5),
+        window=list(window or ()),
+        softcap=None if softcap is None else float(softcap),
         rope_interleaved=rope_interleaved,
         rope_dim=rope_dim,
         norm_eps=norm_eps,
@@ -202,6 +220,12 @@ def _attend(
     return (out, lse) if return_lse else out
 
 
+def _two_ints(window: object) -> bool:
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        return False
+    return all(isinstance(n, int) and not isinstance(n, bool) for n in window)
+
+
 def _around(group: UlyssesGroup, attention: Callable[..., Tensor], call: Call) -> Tensor:
     """A callable between the two halves of the exchange."""
     rows, kv_rows = halves.exchange_in(*call)
@@ -211,8 +235,10 @@ def _around(group: UlyssesGroup, attention: Callable[..., Tensor], call: Call) -
     index = place(problem).kv_head_of(group.rank)
     if len(index) % k.size(2) or index != [h // (len(index) // k.size(2)) for h in range(len(index))]:
         k, v = k[:, :, index], v[:, :, index]  # query heads that begin inside a kv group: one kv head for each
+    given = {"window": problem.window, "softcap": problem.softcap}
+    options = {name: value for name, value in given.items() if value is not None}
     try:
-        out = attention(q, k, v, causal=problem.causal, scale=problem.scale)
+        out = attention(q, k, v, causal=problem.causal, scale=problem.scale, **options)
         expected = (*q.shape[:3], v.size(3))
         if not isinstance(out, Tensor) or out.shape != expected or out.dtype != q.dtype:
             got = f"{list(out.shape)} {out.dtype}" if isinstance(out, Tensor) else type(out).__name__

@@ -38,6 +38,8 @@ class Call(NamedTuple):
     kv_lens: list[int]
     causal: bool
     scale: float
+    window: list[int]
+    softcap: float | None
     rope_interleaved: bool
     rope_dim: int
     norm_eps: float
@@ -56,7 +58,10 @@ class Call(NamedTuple):
         return self.k is None
 
 
-_TYPES = {Tensor | None: "Tensor?", str: "str", int: "SymInt", list[int]: "SymInt[]", bool: "bool", float: "float"}
+_TYPES = {
+    Tensor | None: "Tensor?", str: "str", int: "SymInt", list[int]: "SymInt[]", bool: "bool", float: "float",
+    float | None: "float?",
+}  # fmt: skip
 SCHEMA = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(Call).items())
 
 
@@ -101,6 +106,8 @@ def describe(group: UlyssesGroup, call: Call) -> tuple[Problem, Inputs]:
         device=q.device.type,
         causal=call.causal,
         scale=call.scale,
+        window=(call.window[0], call.window[1]) if call.window else None,
+        softcap=call.softcap,
         rope_dim=0 if transform is None else transform.rope_dim,
         rope_interleaved=call.rope_interleaved,
         q_norm=call.q_norm is not None,

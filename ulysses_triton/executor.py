@@ -16,7 +16,7 @@ from torch import Tensor
 from . import schedule
 from .exchange.base import Hop
 from .group import UlyssesGroup
-from .kernels._views import HeadMap, ORows, QKVRows, Span, Transform
+from .kernels._views import HeadMap, Options, ORows, QKVRows, Span, Transform
 from .local import choose
 from .placement import Field, Message, Placement, Row, Section, inbound, outbound, place, round_up
 from .spec import Problem
@@ -210,7 +210,7 @@ class _Run:
             self._open("exchange_out", outbound, [section], [self._take(sum(message.receive))], [send])
             views = _view(send, p.seq, p.batch, section.rows[rank], self.stat_dtype)
             spans = [Span(0, (views["o"], views["stat"].squeeze(-1) if p.return_lse else None))]
-        self.local.attend_forward(*self._qkv(), spans, head_lse, **self._attend_options())
+        self.local.attend_forward(*self._qkv(), spans, head_lse, self._options())
 
     def _straight_out(self, section: Section) -> list[Span]:
         """Allocate the results and offer them to the peers; where each rank's tokens go, in their final layout."""
@@ -273,7 +273,7 @@ class _Run:
         dq = self._spans(blocks[0], sections[0], ("q",))
         dkv = self._spans(blocks[-1], sections[-1], ("k", "v"))
         lse = self._head_lse(self.saved)
-        self.local.attend_backward(*self._qkv(), views["o"], lse, extra, dq, dkv, **self._attend_options())
+        self.local.attend_backward(*self._qkv(), views["o"], lse, extra, dq, dkv, self._options())
 
     def _unpack_grad(self) -> None:
         transform = self.inputs.transform
@@ -338,9 +338,9 @@ class _Run:
     def _take(self, elements: int) -> Tensor:
         return self.group.pool.take((elements,), self.dtype, self.device)
 
-    def _attend_options(self) -> dict[str, object]:
-        heads = HeadMap(self.placement.group, self.placement.head_offset(self.group.rank))
-        return {"scale": self.problem.scale, "causal": self.problem.causal, "heads": heads}
+    def _options(self) -> Options:
+        p, heads = self.problem, HeadMap(self.placement.group, self.placement.head_offset(self.group.rank))
+        return Options(p.scale, p.causal, heads, p.window, p.softcap)
 
     def _head_lse(self, saved: Tensor) -> Tensor:
         p = self.problem

@@ -15,7 +15,7 @@ from torch import Tensor
 from .errors import OptionError
 from .kernels import reference
 from .kernels._config import INTERPRET
-from .kernels._views import HeadMap, Span
+from .kernels._views import HeadMap, Options, Span
 from .kernels.attend_backward import attend_backward
 from .kernels.attend_forward import attend_forward
 from .kernels.pack import pack, pack_grad
@@ -72,6 +72,8 @@ def _aten_obstacle(problem: Problem) -> str | None:
         return "float64 goes through the reference"
     if problem.head_dim != problem.value_dim:
         return f"q and k have head dim {problem.head_dim} and v has {problem.value_dim}"
+    if problem.window is not None or problem.softcap is not None:
+        return "it has neither windows nor softcap"
     if problem.return_lse:
         return "its backward takes no gradient for the LSE"
     if problem.seq == 0 or problem.kv_seq == 0:
@@ -100,15 +102,14 @@ def _aten_forward(
     v: Tensor,
     out: Sequence[Span],
     lse: Tensor | None,
-    *,
-    scale: float,
-    causal: bool,
-    heads: HeadMap,
+    options: Options,
 ) -> None:
     """As the kernels' `attend_forward`, by PyTorch's flash kernel for CPUs; it knows no GQA."""
-    for mine, theirs in _parts(q.size(2), k.size(2), heads):
+    for mine, theirs in _parts(q.size(2), k.size(2), options.heads):
         q_part, k_part, v_part = _expanded(q[:, :, mine], k[:, :, theirs], v[:, :, theirs])
-        o, log_sum = _aten._scaled_dot_product_flash_attention_for_cpu(q_part, k_part, v_part, 0.0, causal, scale=scale)
+        o, log_sum = _aten._scaled_dot_product_flash_attention_for_cpu(
+            q_part, k_part, v_part, 0.0, options.causal, scale=options.scale
+        )  # fmt: skip
         _to_spans(out, 0, mine, o)
         if lse is not None:
             lse[mine].copy_(log_sum.transpose(0, 1))
@@ -123,25 +124,22 @@ def _aten_backward(
     o: Tensor,
     dq: Sequence[Span],
     dkv: Sequence[Span],
-    *,
-    scale: float,
-    causal: bool,
-    heads: HeadMap,
+    options: Options,
 ) -> None:
     """As the kernels' `attend_backward`, but with O in head layout in place of delta."""
-    for mine, theirs in _parts(q.size(2), k.size(2), heads):
+    for mine, theirs in _parts(q.size(2), k.size(2), options.heads):
         grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             _bhsd(do[:, :, mine]),
             *_expanded(q[:, :, mine], k[:, :, theirs], v[:, :, theirs]),
             _bhsd(o[:, :, mine]),
             lse[mine].transpose(0, 1),
             0.0,
-            causal,
-            scale=scale,
+            options.causal,
+            scale=options.scale,
         )
         _to_spans(dq, 0, mine, grads[0])
         for view, grad in enumerate(grads[1:]):
-            total = grad if heads.group == 1 else grad.sum(1, keepdim=True, dtype=torch.float32)
+            total = grad if options.heads.group == 1 else grad.sum(1, keepdim=True, dtype=torch.float32)
             _to_spans(dkv, view, theirs, total)
 
 

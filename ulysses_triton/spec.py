@@ -33,6 +33,8 @@ class Problem:
     device: str
     causal: bool
     scale: float
+    window: tuple[int, int] | None = None
+    softcap: float | None = None
     rope_dim: int = 0
     rope_interleaved: bool = False
     q_norm: bool = False
@@ -72,8 +74,8 @@ class Problem:
     @property
     def concrete(self) -> bool:
         """Whether all sizes are numbers; in a graph traced with dynamic shapes they are symbols, which do not hash."""
-        sizes = (*self.lens, *self.kv_lens, self.batch, self.heads, self.kv_heads, self.head_dim, self.value_dim)
-        return all(isinstance(n, int) for n in sizes)
+        sizes = (self.batch, self.heads, self.kv_heads, self.head_dim, self.value_dim)
+        return all(isinstance(n, int) for n in (*self.lens, *self.kv_lens, *(self.window or ()), *sizes))
 
     @property
     def sends_delta(self) -> bool:
@@ -83,7 +85,7 @@ class Problem:
     @cached_property
     def signature(self) -> str:
         """`name=value` pairs, the same text on every rank whose call is the same."""
-        return "; ".join(f"{f.name}={_text(getattr(self, f.name))}" for f in fields(self))
+        return "; ".join(f"{f.name}={_text(f.name, getattr(self, f.name))}" for f in fields(self))
 
     def check(self) -> None:
         """Raise the `UlyssesError` of the first thing that is wrong with this problem by itself."""
@@ -109,14 +111,18 @@ class Problem:
             raise OptionError(f'attention = {self.attention!r}; it must be "auto", "triton", "aten" or a callable')
         if not math.isfinite(self.scale):
             raise OptionError(f"scale = {self.scale}; it must be a finite number")
+        if self.window is not None and any(n < -1 for n in self.window):
+            raise OptionError(f"window = {self.window}; (left, right) count tokens from 0, or are -1 for no bound")
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise OptionError(f"softcap = {self.softcap}; it must be a finite number above 0, or None")
         if self.rope_dim % 2 or not 0 <= self.rope_dim <= self.head_dim:
             raise OptionError(
                 f"rope_dim = {self.rope_dim}; it must be even and at most the head dim, which is {self.head_dim}"
             )
 
 
-def _text(value: object) -> str:
-    if isinstance(value, tuple) and len(set(value)) == 1:
+def _text(name: str, value: object) -> str:
+    if name.endswith("lens") and isinstance(value, tuple) and len(set(value)) == 1:
         return f"{value[0]} x {len(value)}"
     return str(value)
 

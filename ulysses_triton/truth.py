@@ -38,6 +38,8 @@ def attention(
     *,
     causal: bool,
     scale: float,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
     rows: Tensor | None = None,
     dlse: Tensor | None = None,
 ) -> Attention:
@@ -47,12 +49,16 @@ def attention(
         q: `[B, R, Hq, D]`, any dtype: the query rows. k: `[B, Sk, Hkv, D]`. v: `[B, Sk, Hkv, Dv]`.
         dout: `[B, R, Hq, Dv]`, the gradient of these rows' output.
         causal: query i attends the keys j <= i.
+        window: query i attends the keys i - left <= j <= i + right, -1 for no bound.
+        softcap: scores are `softcap tanh(scale q k^T / softcap)`.
         rows: positions of the R queries in the sequence, int64 in ascending order; None for 0 .. R - 1.
         dlse: `[B, R, Hq]`, the gradient of the log-sum-exp, or None.
     """
     (B, R, Hq, D), (_, Sk, Hkv, Dv) = q.shape, v.shape
     rows = torch.arange(R, device=q.device) if rows is None else rows
     G = Hq // Hkv
+    left, right = window or (-1, -1)
+    right = 0 if causal else right
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=q.device)
@@ -68,12 +74,17 @@ def attention(
             for start in range(0, R, step):
                 block = slice(start, start + step)
                 at = rows[block]
-                keys = slice(0, min(Sk, int(at[-1]) + 1) if causal else Sk)
+                keys = slice(0, Sk if right < 0 else min(Sk, int(at[-1]) + right + 1))
                 k_j, v_j = k[b, keys, j].double(), v[b, keys, j].double()  # [n, D], [n, Dv]
                 q_i, do_i = (x[b, block, heads].double().transpose(0, 1) for x in (q, dout))  # [G, rows, D or Dv]
                 s = (q_i @ k_j.mT).mul_(scale)  # [G, rows, n]
-                if causal:
-                    s.masked_fill_(positions[keys] > at[:, None], -math.inf)
+                slope = 1.0 if softcap is None else 1 / (s / softcap).cosh_().square_()
+                if softcap is not None:
+                    s.div_(softcap).tanh_().mul_(softcap)
+                if right >= 0:
+                    s.masked_fill_(positions[keys] > at[:, None] + right, -math.inf)
+                if left >= 0:
+                    s.masked_fill_(positions[keys] < at[:, None] - left, -math.inf)
                 lse = s.logsumexp(-1)  # [G, rows]
                 p = s.sub_(lse[..., None].nan_to_num(neginf=0.0)).exp_()  # a row without keys: zeros
                 o = p @ v_j  # [G, rows, Dv]
@@ -81,14 +92,16 @@ def attention(
                 if dlse is not None:
                     delta -= dlse[b, block, heads].double().T
                 found.dv[b, keys, j] += (p.mT @ do_i).sum(0)
-                ds = (do_i @ v_j.mT).sub_(delta[..., None]).mul_(p).mul_(scale)
+                ds = (do_i @ v_j.mT).sub_(delta[..., None]).mul_(p).mul_(scale).mul_(slope)
                 found.dk[b, keys, j] += (ds.mT @ q_i).sum(0)
                 for result, value in zip(found[:3], (o, lse, ds @ k_j), strict=True):
                     result[b, block, heads] = value.transpose(0, 1)
     return found
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Tensor:
+def sdpa(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, window: tuple[int, int] | None = None
+) -> Tensor:
     """PyTorch's own attention in the dtype of its inputs `[B, S, H, D]`, for the error that this precision costs.
 
     kv heads are repeated and head dims made equal with zero channels, which every one of its kernels takes.
@@ -98,8 +111,18 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Tens
     k, v = (x.repeat_interleave(repeat, 2) if repeat > 1 else x for x in (k, v))
     q, k, v = (pad(x, (0, width - x.size(-1))) if x.size(-1) < width else x for x in (q, k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+    mask = None if window is None else _kept(q.size(2), k.size(2), causal, window).to(q.device)
+    out = scaled_dot_product_attention(q, k, v, mask, is_causal=causal and mask is None, scale=scale)
     return out.transpose(1, 2)[..., :Dv]
+
+
+def _kept(queries: int, keys: int, causal: bool, window: tuple[int, int]) -> Tensor:
+    """Whether a query attends a key, `[queries, keys]`."""
+    left, right = window
+    kept = torch.ones(queries, keys, dtype=torch.bool)
+    if causal or right >= 0:
+        kept = kept.tril(0 if causal else right)
+    return kept if left < 0 else kept.triu(-left)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
