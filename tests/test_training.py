@@ -193,7 +193,7 @@ def test_without_attention_the_same_run_does_not(tmp_path: Path) -> None:
         (("--stage", "5x6"), "stage '5x6' is not STEPSxLENGTHxBATCH"),
         (("--stage", "5x512x2", "--steps", "3"), "describe a single stage"),
         (("--data-parallel", "3"), "4 ranks cannot form 3 equal data-parallel rows"),
-        (("--data-parallel", "2"), "stage 60x8192x1: a batch of 1 cannot be shared evenly"),
+        (("--data-parallel", "2"), "stage 80x8192x1: a batch of 1 cannot be shared evenly"),
         (("--checkpoint-every", "-1"), "checkpoint_every is -1"),
     ],
     ids=lambda value: "_".join(value).replace("/", "") if isinstance(value, tuple) else "",

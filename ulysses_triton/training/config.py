@@ -69,7 +69,7 @@ class Stage:
 
 
 # At 8,192 bytes from the start attention would learn next to nothing in minutes; what it learns at 1,024 carries over.
-DEFAULT_STAGES = (Stage(500, 1024, 2), Stage(60, 8192, 1))
+DEFAULT_STAGES = (Stage(500, 1024, 2), Stage(80, 8192, 1))
 
 
 @dataclass(frozen=True)
