@@ -165,22 +165,21 @@ class _Run:
         self.stat_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.hops: dict[str, Hop] = {}
         self.received: dict[str, list[Tensor]] = {}
-        group.note("attention", f"{self.local.name} ({self.local.why})")
-        group.note("placement", "\n" + self.placement.explain())
+        group.note(self.local, self.placement)
 
     def all(self, steps: Sequence[schedule.Step]) -> None:
+        actions: dict[str, Callable[[], None]] = {
+            "pack": self._pack,
+            "attend": self._attend,
+            "unpack": self._unpack,
+            "pack_grad": self._pack_grad,
+            "attend_backward": self._attend_backward,
+            "unpack_grad": self._unpack_grad,
+        }
         for step in steps:
             if step.stream == "exchange":
                 self._finish(step.name)
             else:
-                actions: dict[str, Callable[[], None]] = {
-                    "pack": self._pack,
-                    "attend": self._attend,
-                    "unpack": self._unpack,
-                    "pack_grad": self._pack_grad,
-                    "attend_backward": self._attend_backward,
-                    "unpack_grad": self._unpack_grad,
-                }
                 actions[step.name]()
 
     # -- forward

@@ -29,6 +29,8 @@ from .exchange.one_sided import OneSidedExchange
 from .exchange.pool import Pool
 from .exchange.torch_dist import GlooControl, TorchExchange
 from .exchange.virtual import VirtualMember, VirtualWorld
+from .local import Local
+from .placement import Placement
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 _RECORD = struct.Struct("<q?8s")  # call number, refused, hash of the signature
@@ -90,7 +92,7 @@ class UlyssesGroup:
         self._doing = "between calls"
         self._broken: str | None = None
         self._closed = False
-        self._chosen: dict[str, str] = {}
+        self._chosen: tuple[Local, Placement] | None = None  # of the latest call
         self.name = _register(self)
 
     def __enter__(self) -> UlyssesGroup:
@@ -134,12 +136,14 @@ class UlyssesGroup:
         ]
         if self.default and self.size > 1:
             lines.append("group=None: all ranks of the default group share one sequence; there is no data parallelism")
-        lines += [f"{name}: {text}" for name, text in self._chosen.items()]
+        if self._chosen is not None:
+            local, placement = self._chosen
+            lines += [f"attention: {local.name} ({local.why})", f"placement:\n{placement.explain()}"]
         return "\n".join(lines)
 
-    def note(self, name: str, text: str) -> None:
-        """Remember a choice for `explain`."""
-        self._chosen[name] = text
+    def note(self, local: Local, placement: Placement) -> None:
+        """Remember what the latest call chose, for `explain`."""
+        self._chosen = local, placement
 
     # -- keeping the ranks together
 
