@@ -11,7 +11,7 @@ Example: P = 2, B = 1, heads q0..q3, k0, k1, v0, v1 with D = Dv = 64. Rank 1 own
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -66,20 +66,67 @@ class Transform(NamedTuple):
 
 
 class HeadMap(NamedTuple):
-    """Which local kv head a local query head attends to: `(head + offset) // group`.
+    """Which heads of the model the local ones are, and which local kv head a local query head attends to.
 
-    `group` is G = Hq / Hkv of the whole model, `offset` the first local query head's place inside its kv group. A rank
-    with query heads 2 and 3 of a model with G = 3 has offset 2: head 2 uses its first kv head, head 3 its second.
+    `group` is G = Hq / Hkv of the whole model, `first` the model's number of the first local query head. Its place
+    inside its kv group is the `offset`; local head h attends to the local kv head `(h + offset) // group`. A rank with
+    the query heads 2 and 3 of a model with G = 3 has offset 2: head 2 uses its first kv head, head 3 its second.
     """
 
     group: int
-    offset: int
+    first: int
+
+    @property
+    def offset(self) -> int:
+        return self.first % self.group
+
+
+class Documents(NamedTuple):
+    """Which tokens belong together: queries attend the keys of their own document only. Made by `_mask.documents`.
+
+    Each side is int32 `[5, B, tokens]`, for every token: the number of its document (negative is padding, which attends
+    nothing and is attended by nothing); the first token of that document on the other side; one past the last of them;
+    the same again where they are one run of tokens, otherwise the first again; and the token's own place in the
+    positions of the other side, which differs from its place on its own where documents begin elsewhere there.
+    """
+
+    q: Tensor  # of every query, in terms of keys
+    k: Tensor  # of every key, in terms of queries
+
+
+class Dropout(NamedTuple):
+    """Probability with which a pair is dropped, and the seed of the random numbers (`_dropout`)."""
+
+    p: float
+    seed: int  # 0 <= seed < 2^63
+
+
+class Predicate(NamedTuple):
+    """A user's mask: a `@triton.jit` function `(batch, head, q_pos, kv_pos, *captured) -> bool` of global indices."""
+
+    function: Any
+    captured: tuple[Tensor, ...] = ()
+
+
+class Blocks(NamedTuple):
+    """The blocks of 128 x 128 pairs that hold any attended pair, as lists for both directions. Made by `_blocks.lists`.
+
+    Row r of `q_rows` belongs to query block r: its partial key blocks are `q_tiles[row[0] : row[1]]`, its full ones
+    `q_tiles[row[1] : row[2]]`. Those of a key block are `k_tiles` likewise; there an entry is `head * n_q + query
+    block`, with the local query head and the number of query blocks, ordered by head.
+    """
+
+    q_rows: Tensor  # int32 [1 or B, 1 or hq, n_q, 3]
+    q_tiles: Tensor  # int32 [entries]: key blocks, ascending in each part
+    k_rows: Tensor  # int32 [1 or B, hkv, n_k, 3]
+    k_tiles: Tensor  # int32 [entries]
 
 
 class Options(NamedTuple):
     """Which attention it is: its scores, and the masks that say which pairs have one.
 
-    Scores are `scale q k^T`, or with a softcap `softcap * tanh(scale q k^T / softcap)`.
+    Scores are `scale q k^T`, or with a softcap `softcap * tanh(scale q k^T / softcap)`; slopes then take
+    `slope * |q_pos - kv_pos|` away. A sink is one more score per head, with no value behind it.
     """
 
     scale: float
@@ -87,6 +134,12 @@ class Options(NamedTuple):
     heads: HeadMap
     window: tuple[int, int] | None = None  # (left, right): the keys i - left <= j <= i + right only; -1 for no bound
     softcap: float | None = None  # > 0
+    documents: Documents | None = None
+    sinks: Tensor | None = None  # [hq] fp32 (fp64 beside fp64), of the local heads
+    slopes: Tensor | None = None  # [hq] likewise (ALiBi)
+    dropout: Dropout | None = None
+    predicate: Predicate | None = None
+    blocks: Blocks | None = None  # the tiles left by all masks together; None for what the ranges of `_mask` leave
 
     @property
     def bounds(self) -> tuple[int, int]:

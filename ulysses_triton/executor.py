@@ -338,7 +338,7 @@ class _Run:
         return self.group.pool.take((elements,), self.dtype, self.device)
 
     def _options(self) -> Options:
-        p, heads = self.problem, HeadMap(self.placement.group, self.placement.head_offset(self.group.rank))
+        p, heads = self.problem, HeadMap(self.placement.group, self.share.q_start)
         return Options(p.scale, p.causal, heads, p.window, p.softcap)
 
     def _head_lse(self, saved: Tensor) -> Tensor:
