@@ -82,12 +82,12 @@ class HeadMap(NamedTuple):
 
 
 class Documents(NamedTuple):
-    """Which tokens belong together: queries attend the keys of their own document only. Made by `_mask.documents`.
+    """Which tokens belong together: queries attend the keys of their own document only. Made by `_documents`.
 
-    Each side is int32 `[5, B, tokens]`, for every token: the number of its document (negative is padding, which attends
-    nothing and is attended by nothing); the first token of that document on the other side; one past the last of them;
-    the same again where they are one run of tokens, otherwise the first again; and the token's own place in the
-    positions of the other side, which differs from its place on its own where documents begin elsewhere there.
+    Each side is int32 `[5, B, tokens]`, for every token: its document's first key, which tells documents apart
+    (negative for padding and for queries without keys); the first token of that document on the other side; one past
+    the last of them; the same again where they are one run of tokens, otherwise the first again; and the token's spot
+    among the positions of the other side, which is not its own position where documents begin elsewhere there.
     """
 
     q: Tensor  # of every query, in terms of keys
@@ -146,3 +146,10 @@ class Options(NamedTuple):
         """(left, right) of the window and the causal mask together, -1 for no bound."""
         left, right = self.window or (-1, -1)
         return left, 0 if self.causal else right
+
+
+class HeadGrads(NamedTuple):
+    """Where the gradients of what is given per head go: `[hq]` fp32 (fp64 beside fp64); None for what is not asked."""
+
+    sinks: Tensor | None = None
+    slopes: Tensor | None = None

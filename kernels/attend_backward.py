@@ -4,7 +4,10 @@ With P = exp(scale q k^T - LSE), recomputed tile by tile (FlashAttention-2, Algo
 
     dv = P^T dO        dS = P * (dO v^T - delta)        dq = scale dS k        dk = scale dS^T q
 
-A softcap multiplies dS by its slope (`_softcap`).
+A softcap multiplies dS by its slope (`_scores`); a slope of ALiBi has the gradient -sum(dS |i - j|), whose sum over
+keys the dq kernel leaves per query. Under dropout (`_dropout`), with Z = 0 for a dropped pair and 1 / (1 - p) for
+others, P in dv and dO v^T in dS are multiplied by Z. The LSE counts the sink, so P is right as it is, and the sink's
+own gradient is -sum(exp(sink - LSE) delta) over the queries.
 
 Two kernels, so that every element has one owner and a fixed order of sums, without atomics: `attend_dq_kernel` holds a
 query tile and walks over key tiles as the forward does; `attend_dkv_kernel` holds a key tile of one kv head and walks
@@ -24,12 +27,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import _config
-from ._mask import keep, mask, partial_tile, place, tile_range, tile_range_keys
+from ._dropout import stays
+from ._mask import BLOCK, keep, place, tile_at, tile_range, tile_range_keys, tokens
+from ._options import NUMBERS, arguments
 from ._rows import (
     DTYPES,
     block,
@@ -45,54 +51,67 @@ from ._rows import (
     unit,
     views_of,
 )
-from ._softcap import scales, tanh
-from ._views import Options, Span
+from ._scores import distance, tanh
+from ._views import HeadGrads, Options, Span
 
 
 @triton.jit
 def _dq_keys(
-    b_dq, b_q, b_do, b_lse, b_delta, k_ptr, v_ptr, stride_k, stride_v, i_begin, i_end, full, full_end,
-    o_m, Sk, qk_scale, cap_scale, left, right,
-    MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr, IS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    UNIT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    b_dq, b_dslope, b_q, b_do, b_lse, b_delta, k_ptr, v_ptr, stride_k, stride_v, i_begin, i_end, full, full_end,
+    tiles_ptr, m, i_head, o_m, spot_m, doc_m, qk_scale, cap_scale, slope, seed_low, seed_high, threshold, keep_scale,
+    MASKED: tl.constexpr, HAS: tl.constexpr, PREDICATE: tl.constexpr, HAS_DSLOPE: tl.constexpr, UNIT: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Add the key tiles from `i_begin` to `i_end` to dq."""
+    """Add the key tiles from `i_begin` to `i_end` to dq and, of the slope's gradient, to every query's part."""
+    i_b, Sk = m[0], m[3]
     for i in range(i_begin, i_end, BLOCK_N):
-        o_n = (partial_tile(i, full, full_end, IS_WINDOW) if MASKED else i) + tl.arange(0, BLOCK_N)
+        o_n = tile_at(i, full, full_end, tiles_ptr, MASKED, HAS) + tl.arange(0, BLOCK_N)
         b_k = load_rows(k_ptr, o_n, Sk, stride_k, UNIT, MASKED, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         b_v = load_rows(v_ptr, o_n, Sk, stride_v, UNIT, MASKED, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-        if HAS_SOFTCAP:
+        if HAS.softcap:
             b_s, b_slope = tanh(b_s * cap_scale)
-        b_p = tl.math.exp2(b_s * qk_scale - b_lse[:, None])
+        b_s = b_s * qk_scale - b_lse[:, None]
+        if HAS.alibi:
+            b_s -= slope * distance(spot_m[:, None], o_n[None, :])
+        b_p = tl.math.exp2(b_s)  # [BLOCK_M, BLOCK_N]
         if MASKED:
-            kept = keep(o_m[:, None], o_n[None, :], Sk, left, right, IS_CAUSAL, IS_WINDOW)  # [BLOCK_M, BLOCK_N]
+            doc_n = tokens(m, 1, o_n, Sk, HAS)[0]
+            kept = keep(
+                m, i_head, o_m[:, None], o_n[None, :], spot_m[:, None], doc_m[:, None], doc_n[None, :], HAS, PREDICATE
+            )  # [BLOCK_M, BLOCK_N]
             b_p = tl.where(kept, b_p, 0.0)
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        if HAS.dropout:
+            stay = stays(i_b, i_head, o_m[:, None], o_n[None, :], seed_low, seed_high, threshold)
+            b_dp = tl.where(stay, b_dp * keep_scale, 0.0)
         b_ds = b_p * (b_dp - b_delta[:, None])
-        if HAS_SOFTCAP:
+        if HAS_DSLOPE:
+            b_dslope -= tl.sum(b_ds * distance(spot_m[:, None], o_n[None, :]), 1)
+        if HAS.softcap:
             b_ds *= b_slope
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")  # [BLOCK_M, BLOCK_D]
-    return b_dq
+    return b_dq, b_dslope
 
 
 @triton.jit(
     do_not_specialize=["stride_qn", "stride_qb", "stride_qh", "stride_kn", "stride_kb", "stride_kh",
                        "stride_vn", "stride_vb", "stride_vh", "stride_don", "stride_dob", "stride_doh",
                        "stride_dn", "stride_db", "stride_dh", "stride_dqn", "stride_dqh",
-                       "B", "S", "Sk", "hq", "group", "offset", "n_spans", "section", "left", "right"]
+                       "B", "S", "Sk", "hq", "group", "offset", "n_spans", "section", *NUMBERS]
 )  # fmt: skip
 def attend_dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, table_ptr,
     stride_qn, stride_qb, stride_qh, stride_kn, stride_kb, stride_kh, stride_vn, stride_vb, stride_vh,
     stride_don, stride_dob, stride_doh, stride_dn, stride_db, stride_dh, stride_dqn, stride_dqh,
-    B, S, Sk, hq, group, offset, n_spans, section, scale, qk_scale, cap_scale, left, right,
-    IS_CAUSAL: tl.constexpr, IS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    B, S, Sk, hq, group, offset, n_spans, section, dslope_ptr,
+    first_head, left, right, documents, blocks, stride_rb, stride_rh, captured, slopes_ptr,
+    seed_low, seed_high, threshold, keep_scale, scale, qk_scale, cap_scale,
+    HAS: tl.constexpr, PREDICATE: tl.constexpr, HAS_DSLOPE: tl.constexpr,
     DQ_DTYPE: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    i_tile, i_bh = place(tl.program_id(0), tl.cdiv(S, BLOCK_M), B * hq, section, IS_CAUSAL)
+    i_tile, i_bh = place(tl.program_id(0), tl.cdiv(S, BLOCK_M), B * hq, section, HAS.causal)
     i_m = i_tile * BLOCK_M
     i_b = (i_bh // hq).to(tl.int64)
     i_h = (i_bh % hq).to(tl.int64)
@@ -111,18 +130,29 @@ def attend_dq_kernel(
     b_delta = tl.load(delta_ptr + o_m.to(tl.int64) * stride_dn, mask=o_m < S, other=0.0)  # [BLOCK_M]
 
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    full, full_end, begin, end = tile_range(i_m, S, Sk, left, right, IS_CAUSAL, IS_WINDOW, BLOCK_M, BLOCK_N)
-    b_dq = _dq_keys(
-        b_dq, b_q, b_do, b_lse, b_delta, k_ptr, v_ptr, stride_kn, stride_vn, full, full_end, full, full_end,
-        o_m, Sk, qk_scale, cap_scale, left, right,
-        False, IS_CAUSAL, IS_WINDOW, HAS_SOFTCAP, UNIT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+    b_dslope = tl.zeros([BLOCK_M], tl.float32)
+    slope = 0.0
+    if HAS.alibi:
+        slope = tl.load(slopes_ptr + i_h) * 1.4426950408889634
+    m = (i_b, B, S, Sk, left, right, documents, captured)
+    doc_m, spot_m = tokens(m, 0, o_m, S, HAS)  # [BLOCK_M]
+    i_row = i_b * stride_rb + i_h * stride_rh + i_m // BLOCK
+    full, full_end, begin, end, tiles_ptr = tile_range(i_m, i_row, m, blocks, HAS, BLOCK_M, BLOCK_N)
+    b_dq, b_dslope = _dq_keys(
+        b_dq, b_dslope, b_q, b_do, b_lse, b_delta, k_ptr, v_ptr, stride_kn, stride_vn, full, full_end, full, full_end,
+        tiles_ptr, m, first_head + i_h, o_m, spot_m, doc_m, qk_scale, cap_scale, slope,
+        seed_low, seed_high, threshold, keep_scale,
+        False, HAS, PREDICATE, HAS_DSLOPE, UNIT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
-    b_dq = _dq_keys(
-        b_dq, b_q, b_do, b_lse, b_delta, k_ptr, v_ptr, stride_kn, stride_vn, begin, end, full, full_end,
-        o_m, Sk, qk_scale, cap_scale, left, right,
-        True, IS_CAUSAL, IS_WINDOW, HAS_SOFTCAP, UNIT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+    b_dq, b_dslope = _dq_keys(
+        b_dq, b_dslope, b_q, b_do, b_lse, b_delta, k_ptr, v_ptr, stride_kn, stride_vn, begin, end, full, full_end,
+        tiles_ptr, m, first_head + i_h, o_m, spot_m, doc_m, qk_scale, cap_scale, slope,
+        seed_low, seed_high, threshold, keep_scale,
+        True, HAS, PREDICATE, HAS_DSLOPE, UNIT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
 
+    if HAS_DSLOPE:
+        tl.store(dslope_ptr + (i_h * B + i_b) * S + o_m, b_dslope, mask=o_m < S)
     b_dq = (b_dq * scale).to(DQ_DTYPE)
     first, last = span_range(table_ptr, n_spans, i_m, tl.minimum(i_m + BLOCK_M, S))
     for i_span in range(first, last):
@@ -132,41 +162,64 @@ def attend_dq_kernel(
 @triton.jit
 def _dkv_queries(
     b_dk, b_dv, b_k, b_v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qn, stride_qh, stride_don, stride_doh, stride_dn,
-    stride_dh, stride_lh, i_head, n_heads, i_begin, i_end, full, full_end,
-    o_n, S, Sk, qk_scale, cap_scale, left, right,
-    MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr, IS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    UNIT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    stride_dh, stride_lh, i_first, n_heads, i_begin, i_end, full, full_end, tiles_ptr,
+    m, first_head, o_n, doc_n, slopes_ptr, qk_scale, cap_scale, seed_low, seed_high, threshold, keep_scale,
+    MASKED: tl.constexpr, HAS: tl.constexpr, PREDICATE: tl.constexpr, UNIT: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Add the query tiles from `i_begin` to `i_end` of `n_heads` query heads, head by head, to dk and dv.
 
     One loop over all of them: in a loop inside a loop, the state of the pipeline and the accumulators spill registers.
+    Lists of blocks name the heads themselves.
     """
+    i_b, S = m[0], m[2]
     n_tiles = tl.cdiv(tl.maximum(i_end - i_begin, 0), BLOCK_M)
-    n_steps = n_heads * n_tiles
+    n_steps = n_tiles
+    if not HAS.blocks:
+        n_steps = n_heads * n_tiles
     n_tiles = tl.maximum(n_tiles, 1)  # the pipeline divides by it ahead of the loop, whether or not there is a step
     for i in range(0, n_steps):
-        i_h = tl.cast(i_head + i // n_tiles, tl.int64)
-        i_m = i_begin + i % n_tiles * BLOCK_M
-        o_m = (partial_tile(i_m, full, full_end, IS_WINDOW) if MASKED else i_m) + tl.arange(0, BLOCK_M)
+        if HAS.blocks:
+            i_tile = tile_at(i_begin + i * BLOCK_M, full, full_end, tiles_ptr, MASKED, HAS)
+            n_listed = tl.cdiv(S, BLOCK) * BLOCK  # tokens that every head has in the list
+            i_h = tl.cast(i_tile // n_listed, tl.int64)
+            o_m = i_tile % n_listed + tl.arange(0, BLOCK_M)
+        else:
+            i_h = tl.cast(i_first + i // n_tiles, tl.int64)
+            i_tile = i_begin + i % n_tiles * BLOCK_M
+            o_m = tile_at(i_tile, full, full_end, tiles_ptr, MASKED, HAS) + tl.arange(0, BLOCK_M)
         b_q = load_rows(q_ptr + i_h * stride_qh * UNIT, o_m, S, stride_qn, UNIT, True, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
         b_lse = tl.load(lse_ptr + i_h * stride_lh + o_m, mask=o_m < S, other=float("inf"))  # [BLOCK_M]
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
-        if HAS_SOFTCAP:
+        if HAS.softcap:
             b_s, b_slope = tanh(b_s * cap_scale)
-        b_p = tl.math.exp2(b_s * qk_scale - (b_lse * 1.4426950408889634)[None, :])  # log2(e)
+        b_s = b_s * qk_scale - (b_lse * 1.4426950408889634)[None, :]  # log2(e)
+        if MASKED or HAS.alibi:
+            doc_m, spot_m = tokens(m, 0, o_m, S, HAS)  # [BLOCK_M]
+        if HAS.alibi:
+            slope = tl.load(slopes_ptr + i_h) * 1.4426950408889634
+            b_s -= slope * distance(spot_m[None, :], o_n[:, None])
+        b_p = tl.math.exp2(b_s)  # [BLOCK_N, BLOCK_M]
         if MASKED:
-            kept = keep(o_m[None, :], o_n[:, None], Sk, left, right, IS_CAUSAL, IS_WINDOW)  # [BLOCK_N, BLOCK_M]
-            b_p = tl.where(kept, b_p, 0.0)
+            kept = keep(
+                m, first_head + i_h, o_m[None, :], o_n[:, None], spot_m[None, :], doc_m[None, :], doc_n[:, None],
+                HAS, PREDICATE,
+            )  # fmt: skip
+            b_p = tl.where(kept, b_p, 0.0)  # [BLOCK_N, BLOCK_M]
         b_w = b_p
-        if HAS_SOFTCAP:
+        if HAS.softcap:
             b_w = b_p * b_slope  # here, where b_p is about to end, rather than to hold b_slope as well
+        if HAS.dropout:
+            stay = stays(i_b, first_head + i_h, o_m[None, :], o_n[:, None], seed_low, seed_high, threshold)
+            b_p = tl.where(stay, b_p * keep_scale, 0.0)
         do_head_ptr = do_ptr + i_h * stride_doh * UNIT
         b_do = load_rows(do_head_ptr, o_m, S, stride_don, UNIT, True, DV, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
         b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")  # [BLOCK_N, BLOCK_DV]
         delta_ptrs = delta_ptr + i_h * stride_dh + o_m.to(tl.int64) * stride_dn
         b_delta = tl.load(delta_ptrs, mask=o_m < S, other=0.0)  # [BLOCK_M]
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+        if HAS.dropout:
+            b_dp = tl.where(stay, b_dp * keep_scale, 0.0)
         b_ds = b_w * (b_dp - b_delta[None, :])
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")  # [BLOCK_N, BLOCK_D]
     return b_dk, b_dv
@@ -176,14 +229,16 @@ def _dkv_queries(
     do_not_specialize=["stride_qn", "stride_qb", "stride_qh", "stride_kn", "stride_kb", "stride_kh",
                        "stride_vn", "stride_vb", "stride_vh", "stride_don", "stride_dob", "stride_doh",
                        "stride_dn", "stride_db", "stride_dh", "stride_dkn", "stride_dkh", "stride_dvn", "stride_dvh",
-                       "B", "S", "Sk", "hq", "hkv", "group", "offset", "n_spans", "section", "left", "right"]
+                       "B", "S", "Sk", "hq", "hkv", "group", "offset", "n_spans", "section", *NUMBERS]
 )  # fmt: skip
 def attend_dkv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, table_ptr,
     stride_qn, stride_qb, stride_qh, stride_kn, stride_kb, stride_kh, stride_vn, stride_vb, stride_vh,
     stride_don, stride_dob, stride_doh, stride_dn, stride_db, stride_dh, stride_dkn, stride_dkh, stride_dvn, stride_dvh,
-    B, S, Sk, hq, hkv, group, offset, n_spans, section, scale, qk_scale, cap_scale, left, right,
-    IS_CAUSAL: tl.constexpr, IS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    B, S, Sk, hq, hkv, group, offset, n_spans, section,
+    first_head, left, right, documents, blocks, stride_rb, stride_rh, captured, slopes_ptr,
+    seed_low, seed_high, threshold, keep_scale, scale, qk_scale, cap_scale,
+    HAS: tl.constexpr, PREDICATE: tl.constexpr,
     DK_DTYPE: tl.constexpr, DV_DTYPE: tl.constexpr, UNIT: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -205,22 +260,25 @@ def attend_dkv_kernel(
 
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    full, full_end, begin, end = tile_range_keys(i_n, S, Sk, left, right, IS_CAUSAL, IS_WINDOW, BLOCK_M, BLOCK_N)
-    i_head = tl.maximum(0, i_kv * group - offset)
-    n_heads = tl.maximum(0, tl.minimum(hq, (i_kv + 1) * group - offset) - i_head)
+    m = (i_b, B, S, Sk, left, right, documents, captured)
+    doc_n = tokens(m, 1, o_n, Sk, HAS)[0]  # [BLOCK_N]
+    i_row = i_b * stride_rb + i_kv * stride_rh + i_n // BLOCK
+    full, full_end, begin, end, tiles_ptr = tile_range_keys(i_n, i_row, m, blocks, HAS, BLOCK_M, BLOCK_N)
+    i_first = tl.maximum(0, i_kv * group - offset)
+    n_heads = tl.maximum(0, tl.minimum(hq, (i_kv + 1) * group - offset) - i_first)
     stride_lh = tl.cast(B, tl.int64) * S
-    if IS_CAUSAL or IS_WINDOW:
+    if HAS.causal or HAS.gaps or HAS.predicate or HAS.blocks:
         b_dk, b_dv = _dkv_queries(
             b_dk, b_dv, b_k, b_v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qn, stride_qh, stride_don, stride_doh,
-            stride_dn, stride_dh, stride_lh, i_head, n_heads, begin, end, full, full_end,
-            o_n, S, Sk, qk_scale, cap_scale, left, right,
-            True, IS_CAUSAL, IS_WINDOW, HAS_SOFTCAP, UNIT, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
+            stride_dn, stride_dh, stride_lh, i_first, n_heads, begin, end, full, full_end, tiles_ptr,
+            m, first_head, o_n, doc_n, slopes_ptr, qk_scale, cap_scale, seed_low, seed_high, threshold, keep_scale,
+            True, HAS, PREDICATE, UNIT, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     b_dk, b_dv = _dkv_queries(
         b_dk, b_dv, b_k, b_v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qn, stride_qh, stride_don, stride_doh,
-        stride_dn, stride_dh, stride_lh, i_head, n_heads, full, full_end, full, full_end,
-        o_n, S, Sk, qk_scale, cap_scale, left, right,
-        False, IS_CAUSAL, IS_WINDOW, HAS_SOFTCAP, UNIT, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
+        stride_dn, stride_dh, stride_lh, i_first, n_heads, full, full_end, full, full_end, tiles_ptr,
+        m, first_head, o_n, doc_n, slopes_ptr, qk_scale, cap_scale, seed_low, seed_high, threshold, keep_scale,
+        False, HAS, PREDICATE, UNIT, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
 
     b_dk = (b_dk * scale).to(DK_DTYPE)
@@ -233,7 +291,7 @@ def attend_dkv_kernel(
 
 def attend_backward(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, dq: Sequence[Span], dkv: Sequence[Span],
-    options: Options,
+    options: Options, heads: HeadGrads | None = None,
 ) -> None:  # fmt: skip
     """Gradients of `attend_forward`, written where they travel from.
 
@@ -248,8 +306,10 @@ def attend_backward(
         dkv: spans of `(dk [n, B, hkv, D], dv [n, B, hkv, Dv])` that cover the tokens 0..Sk-1; fp32 where they are
             partial sums.
         options: which attention it is.
+        heads: where the gradients of sinks and slopes go, those of the local heads.
     """
     (S, B, hq, D), (Sk, _, hkv, _), Dv = q.shape, k.shape, v.shape[-1]
+    heads = heads or HeadGrads()
     assert lse.is_contiguous()
     dq, dkv = occupied(dq, S), occupied(dkv, Sk)
     u = unit(q, k, v, do, *views_of(dq, 0), *views_of(dkv, 0), *views_of(dkv, 1))
@@ -264,11 +324,7 @@ def attend_backward(
         S=S,
         Sk=Sk,
         hq=hq,
-        group=options.heads.group,
-        offset=options.heads.offset,
         scale=float(options.scale),
-        **scales(options),
-        **mask(options, S, Sk),
         UNIT=u,
         D=D,
         DV=Dv,
@@ -276,6 +332,7 @@ def attend_backward(
         BLOCK_DV=block(Dv),
     )
     row_bytes = (D + Dv) * q.element_size()
+    dslope = None if heads.slopes is None else torch.zeros(hq, B, S, dtype=torch.float32, device=q.device)
     if dq:
         tiles = _config.tiles("attend_dq", q, max(D, Dv))
         _config.launch(
@@ -284,6 +341,9 @@ def attend_backward(
             **inputs,
             table_ptr=span_table(dq, (u, 1), q.device),
             **named("dq", shared_strides(dq, 0, u)),
+            dslope_ptr=dslope,
+            HAS_DSLOPE=dslope is not None,
+            **arguments(options, S, Sk),
             n_spans=len(dq),
             section=section(B * hq, Sk * row_bytes // options.heads.group),
             DQ_DTYPE=_dtype(dq, 0),
@@ -300,6 +360,7 @@ def attend_backward(
             **named("dk", shared_strides(dkv, 0, u)),
             **named("dv", shared_strides(dkv, 1, u)),
             hkv=hkv,
+            **arguments(options, S, Sk, keys=True),
             n_spans=len(dkv),
             section=section(B * hkv, S * row_bytes * options.heads.group),
             DK_DTYPE=_dtype(dkv, 0),
@@ -307,6 +368,18 @@ def attend_backward(
             **shapes,
             **tiles,
         )
+    if heads.slopes is not None and dslope is not None:
+        torch.sum(dslope, (1, 2), out=heads.slopes)
+    if heads.sinks is not None:
+        assert options.sinks is not None
+        sink_gradient(lse, delta, options.sinks, heads.sinks)
+
+
+def sink_gradient(lse: Tensor, delta: Tensor, sinks: Tensor, out: Tensor) -> None:
+    """The gradient of the sinks `[hq]`, from what the backward has: no pass over rows, and the same on every device."""
+    weights = (sinks[:, None, None] - lse).exp()  # [hq, B, S]; without a key and with a sink of -inf there is none
+    weights = weights.masked_fill(lse == -torch.inf, 0.0)
+    torch.sum(-weights * delta.permute(2, 1, 0), (1, 2), out=out)
 
 
 def _dtype(spans: Sequence[Span], view: int) -> tl.dtype:

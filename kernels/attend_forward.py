@@ -1,10 +1,13 @@
 """Local attention, forward: O = softmax(scale Q K^T) V and its log-sum-exp, one query tile per program.
 
-Online softmax in base 2 (FlashAttention-2, Algorithm 1): with s = scale log2(e) q k^T, which a softcap bends
-(`_softcap`), a program holds one tile of queries and walks over the key tiles it attends, keeping for every query the
-running maximum m, the sum l of 2^(s - m) and the accumulator of 2^(s - m) v, all in fp32; a new maximum rescales the
-last two by 2^(m_old - m_new). At the end O = acc / l and LSE = (m + log2 l) / log2(e). A query that attends nothing
-gets zeros and LSE = -inf.
+Online softmax in base 2 (FlashAttention-2, Algorithm 1): with s = scale log2(e) q k^T, which a softcap and ALiBi change
+(`_scores`), a program holds one tile of queries and walks over the key tiles it attends (`_mask`), keeping for every
+query the running maximum m, the sum l of 2^(s - m) and the accumulator of 2^(s - m) v, all in fp32; a new maximum
+rescales the last two by 2^(m_old - m_new). At the end O = acc / l and LSE = (m + log2 l) / log2(e). A query that
+attends nothing gets zeros and LSE = -inf.
+
+A head's sink is a score with no value behind it: m begins as the sink and l as 1, and the rest follows; the LSE counts
+it too. Dropped pairs (`_dropout`) count in l and not in the accumulator, which 1 / (1 - p) scales at the end.
 
 Layout: q, k and v are read in place from rows `[tokens, B, row]` through token, batch and head strides; a query head's
 kv head is `(head + offset) // group`. O and the LSE beside it go to the spans that the tile lies in (`_rows`).
@@ -23,7 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _config
-from ._mask import keep, mask, partial_tile, place, tile_range
+from ._dropout import stays
+from ._mask import BLOCK, keep, place, tile_at, tile_range, tokens
+from ._options import NUMBERS, arguments
 from ._rows import (
     DTYPES,
     block,
@@ -40,35 +45,45 @@ from ._rows import (
     unit,
     views_of,
 )
-from ._softcap import scales, tanh
+from ._scores import distance, tanh
 from ._views import Options, Span
 
 
 @triton.jit
 def _attend_keys(
-    acc, m_i, l_i, b_q, k_ptr, v_ptr, stride_k, stride_v, i_begin, i_end, full, full_end, o_m, Sk,
-    qk_scale, cap_scale, left, right,
-    MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr, IS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    UNIT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    acc, m_i, l_i, b_q, k_ptr, v_ptr, stride_k, stride_v, i_begin, i_end, full, full_end, tiles_ptr,
+    m, i_head, o_m, spot_m, doc_m, qk_scale, cap_scale, slope, seed_low, seed_high, threshold,
+    MASKED: tl.constexpr, HAS: tl.constexpr, PREDICATE: tl.constexpr, UNIT: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Take the key tiles from `i_begin` to `i_end` into the running softmax."""
+    i_b, Sk = m[0], m[3]
     for i in range(i_begin, i_end, BLOCK_N):
-        o_n = (partial_tile(i, full, full_end, IS_WINDOW) if MASKED else i) + tl.arange(0, BLOCK_N)
+        o_n = tile_at(i, full, full_end, tiles_ptr, MASKED, HAS) + tl.arange(0, BLOCK_N)
         b_k = load_rows(k_ptr, o_n, Sk, stride_k, UNIT, MASKED, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-        if HAS_SOFTCAP:
-            b_s, _ = tanh(b_s * cap_scale)
+        if HAS.softcap:
+            b_s = tanh(b_s * cap_scale)[0]
+        factor = qk_scale
+        if HAS.alibi:
+            b_s = b_s * qk_scale - slope * distance(spot_m[:, None], o_n[None, :])
+            factor = 1.0
         if MASKED:
-            kept = keep(o_m[:, None], o_n[None, :], Sk, left, right, IS_CAUSAL, IS_WINDOW)  # [BLOCK_M, BLOCK_N]
+            doc_n = tokens(m, 1, o_n, Sk, HAS)[0]
+            kept = keep(
+                m, i_head, o_m[:, None], o_n[None, :], spot_m[:, None], doc_m[:, None], doc_n[None, :], HAS, PREDICATE
+            )  # [BLOCK_M, BLOCK_N]
             b_s = tl.where(kept, b_s, float("-inf"))
-        m_new = tl.maximum(m_i, tl.max(b_s, 1) * qk_scale)  # [BLOCK_M]
+        m_new = tl.maximum(m_i, tl.max(b_s, 1) * factor)  # [BLOCK_M]
         m_safe = m_new
         if MASKED:
             m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row without a key so far: 2^(-inf), not NaN
-        b_p = tl.math.exp2(b_s * qk_scale - m_safe[:, None])  # [BLOCK_M, BLOCK_N]
+        b_p = tl.math.exp2(b_s * factor - m_safe[:, None])  # [BLOCK_M, BLOCK_N]
         alpha = tl.math.exp2(m_i - m_safe)  # [BLOCK_M]
         l_i = l_i * alpha + tl.sum(b_p, 1)
+        if HAS.dropout:
+            stay = stays(i_b, i_head, o_m[:, None], o_n[None, :], seed_low, seed_high, threshold)
+            b_p = tl.where(stay, b_p, 0.0)
         acc = acc * alpha[:, None]
         b_v = load_rows(v_ptr, o_n, Sk, stride_v, UNIT, MASKED, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
         acc = tl.dot(b_p.to(b_v.dtype), b_v, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_DV]
@@ -79,19 +94,20 @@ def _attend_keys(
 @triton.jit(
     do_not_specialize=["stride_qn", "stride_qb", "stride_qh", "stride_kn", "stride_kb", "stride_kh",
                        "stride_vn", "stride_vb", "stride_vh", "stride_on", "stride_oh", "stride_ln", "stride_lh",
-                       "B", "S", "Sk", "hq", "group", "offset", "n_spans", "section", "left", "right"]
+                       "B", "S", "Sk", "hq", "group", "offset", "n_spans", "section", *NUMBERS]
 )  # fmt: skip
 def attend_forward_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, lse_ptr,
     stride_qn, stride_qb, stride_qh, stride_kn, stride_kb, stride_kh, stride_vn, stride_vb, stride_vh,
     stride_on, stride_oh, stride_ln, stride_lh, B, S, Sk, hq, group, offset, n_spans, section,
-    qk_scale, cap_scale, left, right,
-    IS_CAUSAL: tl.constexpr, IS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, IS_NEGATIVE: tl.constexpr,
+    first_head, left, right, documents, blocks, stride_rb, stride_rh, captured, slopes_ptr, sinks_ptr,
+    seed_low, seed_high, threshold, keep_scale, qk_scale, cap_scale,
+    HAS: tl.constexpr, PREDICATE: tl.constexpr, IS_NEGATIVE: tl.constexpr, HAS_SINKS: tl.constexpr,
     HAS_LSE: tl.constexpr, HAS_SPAN_LSE: tl.constexpr,
     OUT_DTYPE: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    i_tile, i_bh = place(tl.program_id(0), tl.cdiv(S, BLOCK_M), B * hq, section, IS_CAUSAL)
+    i_tile, i_bh = place(tl.program_id(0), tl.cdiv(S, BLOCK_M), B * hq, section, HAS.causal)
     i_m = i_tile * BLOCK_M
     i_b = (i_bh // hq).to(tl.int64)
     i_h = i_bh % hq
@@ -108,20 +124,32 @@ def attend_forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
-    full, full_end, begin, end = tile_range(i_m, S, Sk, left, right, IS_CAUSAL, IS_WINDOW, BLOCK_M, BLOCK_N)
+    if HAS_SINKS:
+        m_i = l_i + tl.load(sinks_ptr + i_h) * 1.4426950408889634  # log2(e)
+        l_i = tl.where(m_i == float("-inf"), 0.0, 1.0)
+    slope = 0.0
+    if HAS.alibi:
+        slope = tl.load(slopes_ptr + i_h) * 1.4426950408889634
+    m = (i_b, B, S, Sk, left, right, documents, captured)
+    doc_m, spot_m = tokens(m, 0, o_m, S, HAS)  # [BLOCK_M]
+    i_row = i_b * stride_rb + i_h * stride_rh + i_m // BLOCK
+    full, full_end, begin, end, tiles_ptr = tile_range(i_m, i_row, m, blocks, HAS, BLOCK_M, BLOCK_N)
     acc, m_i, l_i = _attend_keys(
-        acc, m_i, l_i, b_q, k_ptr, v_ptr, stride_kn, stride_vn, full, full_end, full, full_end, o_m, Sk,
-        qk_scale, cap_scale, left, right,
-        False, IS_CAUSAL, IS_WINDOW, HAS_SOFTCAP, UNIT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+        acc, m_i, l_i, b_q, k_ptr, v_ptr, stride_kn, stride_vn, full, full_end, full, full_end, tiles_ptr,
+        m, first_head + i_h, o_m, spot_m, doc_m, qk_scale, cap_scale, slope, seed_low, seed_high, threshold,
+        False, HAS, PREDICATE, UNIT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     acc, m_i, l_i = _attend_keys(
-        acc, m_i, l_i, b_q, k_ptr, v_ptr, stride_kn, stride_vn, begin, end, full, full_end, o_m, Sk,
-        qk_scale, cap_scale, left, right,
-        True, IS_CAUSAL, IS_WINDOW, HAS_SOFTCAP, UNIT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+        acc, m_i, l_i, b_q, k_ptr, v_ptr, stride_kn, stride_vn, begin, end, full, full_end, tiles_ptr,
+        m, first_head + i_h, o_m, spot_m, doc_m, qk_scale, cap_scale, slope, seed_low, seed_high, threshold,
+        True, HAS, PREDICATE, UNIT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
 
     l_safe = tl.where(l_i == 0.0, 1.0, l_i)
-    b_o = (acc * (1.0 / l_safe)[:, None]).to(OUT_DTYPE)  # [BLOCK_M, BLOCK_DV]
+    norm = 1.0 / l_safe
+    if HAS.dropout:
+        norm *= keep_scale
+    b_o = (acc * norm[:, None]).to(OUT_DTYPE)  # [BLOCK_M, BLOCK_DV]
     b_lse = (m_i + tl.math.log2(l_safe)) * 0.6931471805599453  # [BLOCK_M], ln 2; a row without keys has m_i = -inf
     if HAS_LSE:
         tl.store(lse_ptr + (i_h.to(tl.int64) * B + i_b) * S + o_m, b_lse, mask=o_m < S)
@@ -157,7 +185,8 @@ def attend_forward(
     o, stat = views_of(spans, 0), spans[0].views[1]
     assert lse is None or lse.is_contiguous()
     u = unit(q, k, v, *o)
-    factors = scales(options._replace(scale=abs(options.scale)))  # of -q where it is negative
+    given = arguments(options._replace(scale=abs(options.scale)), S, Sk)  # of -q where it is negative
+    given["qk_scale"] = max(given["qk_scale"], 1e-30)  # not 0: masked scores are -inf
     tiles = _config.tiles("attend_forward", q, max(D, Dv))
     n_tiles = triton.cdiv(S, tiles["BLOCK_M"])
     _config.launch(
@@ -177,13 +206,12 @@ def attend_forward(
         S=S,
         Sk=Sk,
         hq=hq,
-        group=options.heads.group,
-        offset=options.heads.offset,
         n_spans=len(spans),
         section=section(B * hq, Sk * (D + Dv) * q.element_size() // options.heads.group),
-        **mask(options, S, Sk),
-        **(factors | {"qk_scale": max(factors["qk_scale"], 1e-30)}),  # not 0: masked scores are -inf
+        **given,
+        sinks_ptr=options.sinks,
         IS_NEGATIVE=options.scale < 0,
+        HAS_SINKS=options.sinks is not None,
         HAS_LSE=lse is not None,
         HAS_SPAN_LSE=stat is not None,
         OUT_DTYPE=DTYPES[o[0].dtype],

@@ -1,13 +1,7 @@
 """Plain-torch twins of the kernels, with the same names and signatures: what they are tested against, and the CPU path.
 
-Arithmetic is in fp32 (fp64 for fp64 tensors) with one rounding at the end.
-
-Attention goes through blocks of BLOCK queries per batch and head, so that memory is linear in the sequence. Every
-head's k and v, and every block of q, is first brought to a fresh contiguous temporary: a result does not depend on
-strides, alignment or the number of heads beside it, bit for bit. Worked example: S = Sk = 600, causal. The blocks are
-the queries 0..255, 256..511 and 512..599; they compute the keys 0..255, 0..511 and 0..599, and only the square at the
-end of each is masked. With a window (100, 0) they compute the keys 0..255, 156..511 and 412..599: work, too, is then
-linear in the sequence.
+Arithmetic is in fp32 (fp64 for fp64 tensors) with one rounding at the end. Those of attention are in
+`_reference_attend`.
 
 pack and unpack move each byte once where there is no transform, by one strided copy per rank. With one, the work goes
 through blocks of tokens whose temporaries stay in cache.
@@ -22,136 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ._views import HeadMap, Options, ORows, QKVRows, Span, Transform
+from ._reference_attend import attend_backward, attend_forward, math_dtype
+from ._views import ORows, QKVRows, Transform
 
-BLOCK = 256  # queries computed at once
+__all__ = ["attend_backward", "attend_forward", "pack", "pack_grad", "unpack", "unpack_grad"]
+
 _BLOCK_ELEMENTS = 1 << 18  # 1 MB in fp32: smaller blocks pay more per call, larger ones leave the cache
-
-
-# -- attention
-
-
-def attend_forward(
-    q: Tensor, k: Tensor, v: Tensor, out: Sequence[Span], lse: Tensor | None, options: Options
-) -> None:  # fmt: skip
-    """Twin of `attend_forward.attend_forward`; fp64 is allowed too, with an LSE of fp64 then."""
-    S, B, hq, _ = q.shape
-    dtype = _math_dtype(q)
-    for b in range(B):
-        for j, group in _kv_heads(k, hq, options.heads):
-            k_j, v_j = _fresh(k[:, b, j], dtype), _fresh(v[:, b, j], dtype)  # [Sk, D], [Sk, Dv]
-            for h in group:
-                for start, stop, keys in _query_blocks(S, len(k), options):
-                    q_i = _fresh(q[start:stop, b, h], dtype)  # [rows, D]
-                    s = _capped(_products(q_i, k_j[keys], options), options)  # [rows, keys]
-                    s = _masked(s, start, keys.start, options)
-                    if s.size(1):
-                        m = s.amax(1, keepdim=True).nan_to_num(neginf=0.0, nan=torch.nan, posinf=torch.inf)  # [rows, 1]
-                    else:
-                        m = s.new_zeros(len(s), 1)
-                    p = s.sub_(m).exp_()
-                    total = p.sum(1, keepdim=True)  # [rows, 1]
-                    o = (p @ v_j[keys]) / torch.where(total == 0, 1, total)  # [rows, Dv]
-                    stat = (total.log() + m)[:, 0]  # [rows]
-                    _store(out, 0, b, h, start, o)
-                    _store(out, 1, b, h, start, stat)
-                    if lse is not None:
-                        lse[h, b, start:stop] = stat
-
-
-def attend_backward(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, dq: Sequence[Span], dkv: Sequence[Span],
-    options: Options,
-) -> None:  # fmt: skip
-    """Twin of `attend_backward.attend_backward`; fp64 is allowed too, with LSE and delta of fp64 then."""
-    S, B, hq, _ = q.shape
-    dtype = _math_dtype(q)
-    for b in range(B):
-        for j, group in _kv_heads(k, hq, options.heads):
-            k_j, v_j = _fresh(k[:, b, j], dtype), _fresh(v[:, b, j], dtype)  # [Sk, D], [Sk, Dv]
-            dk, dv = torch.zeros_like(k_j), torch.zeros_like(v_j)
-            for h in group:
-                for start, stop, keys in _query_blocks(S, len(k), options):
-                    q_i, do_i = _fresh(q[start:stop, b, h], dtype), _fresh(do[start:stop, b, h], dtype)
-                    lse_i = _fresh(lse[h, b, start:stop], dtype)  # [rows]
-                    lse_i = torch.where(lse_i == -torch.inf, torch.inf, lse_i)  # a row without keys: P = 0
-                    s = _products(q_i, k_j[keys], options)  # [rows, keys]
-                    slope = _slope(s, options)
-                    p = _masked(_capped(s, options), start, keys.start, options).sub_(lse_i[:, None]).exp_()
-                    dv[keys].addmm_(p.mT, do_i)
-                    ds = (do_i @ v_j[keys].mT).sub_(_fresh(delta[start:stop, b, h], dtype)[:, None]).mul_(p)
-                    if slope is not None:
-                        ds.mul_(slope)
-                    dk[keys].addmm_(ds.mT, q_i)
-                    _store(dq, 0, b, h, start, (ds @ k_j[keys]).mul_(options.scale))
-            _store(dkv, 0, b, j, 0, dk.mul_(options.scale))
-            _store(dkv, 1, b, j, 0, dv)
-
-
-def _math_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _fresh(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
-
-
-def _kv_heads(k: Tensor, hq: int, heads: HeadMap) -> Iterator[tuple[int, range]]:
-    """Every local kv head with the local query heads that attend to it."""
-    for j in range(k.shape[2]):
-        first = j * heads.group - heads.offset
-        yield j, range(max(0, first), min(hq, first + heads.group))
-
-
-def _query_blocks(S: int, Sk: int, options: Options) -> Iterator[tuple[int, int, slice]]:
-    """First query, one past the last, and the keys that any of them attends."""
-    left, right = options.bounds
-    for start in range(0, S, BLOCK):
-        stop = min(start + BLOCK, S)
-        first = 0 if left < 0 else min(Sk, max(0, start - left))
-        yield start, stop, slice(first, Sk if right < 0 else max(first, min(Sk, stop + right)))
-
-
-def _products(q: Tensor, k: Tensor, options: Options) -> Tensor:
-    """`scale q k^T`, `[rows, keys]`."""
-    return (q @ k.mT).mul_(options.scale)
-
-
-def _capped(s: Tensor, options: Options) -> Tensor:
-    """In place, the softcap of `s`, if there is one."""
-    return s if options.softcap is None else s.div_(options.softcap).tanh_().mul_(options.softcap)
-
-
-def _slope(s: Tensor, options: Options) -> Tensor | None:
-    """The derivative of the softcap at `s`, 1 - tanh^2 = 1 / cosh^2, which loses nothing where tanh is near 1."""
-    return None if options.softcap is None else (s / options.softcap).cosh_().reciprocal_().square_()
-
-
-def _masked(s: Tensor, start: int, first: int, options: Options) -> Tensor:
-    """In place, -inf where the queries from `start` on do not attend the keys from `first` on."""
-    left, right = options.bounds
-    if right >= 0:
-        corner = s[:, start + right + 1 - first :]  # the keys before it are not too late for any of the block
-        corner.masked_fill_(torch.ones_like(corner, dtype=torch.bool).triu_(), -torch.inf)
-    if left >= 0:
-        corner = s[:, : max(0, start + len(s) - 1 - left - first)]  # nor are those after this one too early
-        corner.masked_fill_(torch.ones_like(corner, dtype=torch.bool).tril_(start - left - first - 1), -torch.inf)
-    return s
-
-
-def _store(spans: Sequence[Span], view: int, b: int, h: int, start: int, rows: Tensor) -> None:
-    """Write `rows` of the tokens from `start` on to the spans they lie in."""
-    stop = start + len(rows)
-    for span in spans:
-        target = span.views[view] if view < len(span.views) else None
-        if target is None:
-            continue
-        first, last = max(start, span.start), min(stop, span.start + len(target))
-        if first < last:
-            target[first - span.start : last - span.start, b, h].copy_(rows[first - start : last - start])
-
-
-# -- layout
 
 
 def pack(q: Tensor, k: Tensor, v: Tensor, to: Sequence[QKVRows], transform: Transform | None = None) -> None:
@@ -169,7 +39,7 @@ def pack_grad(do: Tensor, o: Tensor | None, dlse: Tensor | None, to: Sequence[OR
     if all(rows.stat is None for rows in to):
         return
     assert o is not None, "delta needs o"
-    dtype = _math_dtype(do)
+    dtype = math_dtype(do)
     for block in _token_blocks(do):
         delta = (do[:, block].to(dtype) * o[:, block].to(dtype)).sum(-1)  # [B, T, Hq]
         if dlse is not None:
@@ -207,7 +77,7 @@ def _pack_heads(x: Tensor, to: Sequence[tuple[int, Tensor]], tf: Transform, weig
         for head, view in to:
             view.copy_(_heads(x, head, view))
         return
-    dtype = _math_dtype(x)
+    dtype = math_dtype(x)
     w = None if weight is None else weight.to(dtype)
     for block in _token_blocks(x):
         y = b_x = x[:, block].to(dtype)  # [B, T, H, D]
@@ -225,7 +95,7 @@ def _unpack_heads(
     rows: Sequence[tuple[int, Tensor]], x: Tensor | None, dx: Tensor, tf: Transform, weight: Tensor | None
 ) -> Tensor | None:
     """The gradients in views [L, B, h, D] into `dx` [B, L, H, D]; returns the gradient of the norm's weight."""
-    dtype = _math_dtype(dx)
+    dtype = math_dtype(dx)
     heads = [first + i for first, view in rows for i in range(view.shape[2])]
     shared = len(heads) > len(set(heads))
     if tf.cos is None and weight is None and (dx.dtype == dtype or not shared):

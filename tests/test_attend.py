@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,20 @@ from hypothesis import strategies as st
 from oracle import allowed, relative_error
 from torch import Tensor
 
-from ulysses_triton.kernels import _config, _mask, _rows, _softcap, attend_backward, attend_forward, reference
-from ulysses_triton.kernels._views import HeadMap, Options, Span
+from ulysses_triton.kernels import (
+    _blocks,
+    _config,
+    _documents,
+    _mask,
+    _options,
+    _reference_attend,
+    _rows,
+    _scores,
+    attend_backward,
+    attend_forward,
+    reference,
+)
+from ulysses_triton.kernels._views import Dropout, HeadGrads, HeadMap, Options, Predicate, Span
 
 KERNELS = (attend_forward.attend_forward, attend_backward.attend_backward)
 TWINS = (reference.attend_forward, reference.attend_backward)
@@ -45,19 +58,84 @@ class Case:
     partial: bool = False  # dk and dv in fp32
     window: tuple[int, int] | None = None
     softcap: float | None = None
+    documents: str | None = None  # "runs" of tokens, also of none and of one; or "mixed", with padding in between
+    sinks: bool = False
+    slopes: bool = False
+    dropout: float = 0.0
+    predicate: str | None = None
+    listed: bool = False  # tiles come from lists of blocks
     seed: int = 0
 
     @property
     def hkv(self) -> int:
         return (self.hq - 1 + self.offset) // self.group + 1
 
+    def ids(self) -> tuple[Tensor, Tensor] | None:
+        """The documents' numbers, `[B, S]` and `[B, Sk]`; the same where queries and keys are of one length."""
+        if self.documents is None:
+            return None
+        g = torch.Generator().manual_seed(self.seed)
+        q, k = (torch.randint(-1, 4, (self.B, n), generator=g) for n in (self.S, self.Sk))
+        if self.documents == "runs":
+            q, k = (x.clamp(min=0).sort(1).values * 7 for x in (q, k))
+        return q, q if self.S == self.Sk else k
+
+    def per_head(self) -> tuple[Tensor | None, Tensor | None]:
+        """Sinks and slopes `[hq]`."""
+        g = torch.Generator().manual_seed(self.seed + 1)
+        sinks, slopes = torch.randn(self.hq, generator=g), torch.rand(self.hq, generator=g) / 8
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return sinks.to(wide) if self.sinks else None, slopes.to(wide) if self.slopes else None
+
     @property
     def options(self) -> Options:
-        return Options(self.scale, self.causal, HeadMap(self.group, self.offset), self.window, self.softcap)
+        ids, (sinks, slopes) = self.ids(), self.per_head()
+        found = Options(
+            self.scale, self.causal, HeadMap(self.group, FIRST * self.group + self.offset), self.window, self.softcap,
+            None if ids is None else _documents.documents(*ids), sinks, slopes,
+            Dropout(self.dropout, SEED) if self.dropout else None,
+            None if self.predicate is None else PREDICATES[self.predicate],
+        )  # fmt: skip
+        if not self.listed:
+            return found
+        batch, heads = self.B, self.hq + found.heads.first
+        status = found.predicate and _blocks.status(found.predicate, batch, heads, self.S, self.Sk, torch.device("cpu"))
+        status = None if status is None else status[:, found.heads.first :]
+        blocks = _blocks.lists(_blocks.combine(status, found, self.S, self.Sk), found.heads, self.hq, self.hkv)
+        return found._replace(blocks=blocks)
 
     @property
     def kept(self) -> Tensor:
-        return allowed(self.S, self.Sk, causal=self.causal, window=self.window)
+        """`[B or 1, hq or 1, S, Sk]`"""
+        kept = allowed(self.S, self.Sk, causal=self.causal, window=self.window, documents=self.ids())
+        kept = kept.unsqueeze(1) if self.documents else kept[None, None]
+        if self.predicate is None:
+            return kept
+        b, h = torch.arange(self.B)[:, None, None, None], torch.arange(self.hq)[:, None, None]
+        i, j = torch.arange(self.S)[:, None], torch.arange(self.Sk)
+        return kept & ASKED[self.predicate](b, h + self.options.heads.first, i, j)
+
+
+FIRST = 2  # kv groups of the model ahead of the local heads
+SEED = (1 << 40) + (1 << 31) + 12345
+LENGTHS = torch.tensor([11, 3])
+
+
+@triton.jit
+def prefix(batch, head, q_pos, kv_pos, lengths_ptr):
+    return (kv_pos <= q_pos) | (kv_pos < tl.load(lengths_ptr + batch))
+
+
+@triton.jit
+def woven(batch, head, q_pos, kv_pos):
+    return ((q_pos + kv_pos + head) % 3 != 0) & (kv_pos // 16 != 1)
+
+
+PREDICATES = {"prefix": Predicate(prefix, (LENGTHS,)), "woven": Predicate(woven)}
+ASKED = {
+    "prefix": lambda b, h, i, j: (j <= i) | (j < LENGTHS[b]),
+    "woven": lambda b, h, i, j: ((i + j + h) % 3 != 0) & (j // 16 != 1),
+}
 
 
 class Memory:
@@ -113,18 +191,23 @@ class Problem:
     delta: Tensor  # [S, B, hq], strided
 
 
-def attention_fp64(case: Case, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def attention_fp64(
+    case: Case, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, slopes: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Output `[S, B, hq, Dv]` and LSE `[S, B, hq]` by autograd's rules."""
     kv_head = torch.tensor([(h + case.offset) // case.group for h in range(case.hq)])
-    scores = torch.einsum("ibhd,jbhd->ibhj", q, k[:, :, kv_head]) * case.scale
-    if case.softcap is not None:
-        scores = case.softcap * (scores / case.softcap).tanh()
-    kept = case.kept[:, None, None]  # [S, 1, 1, Sk]
-    keyless = ~kept.any(-1, keepdim=True)
-    scores = scores.masked_fill(~kept, -math.inf).masked_fill(keyless, 0.0)  # numbers, for the sake of the gradient
-    weights = scores.softmax(-1).masked_fill(keyless, 0.0)
-    lse = scores.logsumexp(-1).masked_fill(keyless[..., 0], -math.inf)
-    return torch.einsum("ibhj,jbhd->ibhd", weights, v[:, :, kv_head]), lse
+    bias = None
+    if slopes is not None:
+        bias = -slopes[:, None, None] * oracle.distances(case.S, case.Sk, case.ids()).unsqueeze(1)
+    stay = None
+    if case.dropout:
+        first = case.options.heads.first
+        stay = oracle.stays(case.dropout, SEED, case.B, range(first, first + case.hq), case.S, case.Sk)
+    out, lse = oracle.attention(
+        *(x.transpose(0, 1) for x in (q, k[:, :, kv_head], v[:, :, kv_head])), kept=case.kept, scale=case.scale,
+        softcap=case.softcap, sinks=sinks, bias=bias, stay=stay, p=case.dropout,
+    )  # fmt: skip
+    return out.transpose(0, 1), lse.transpose(0, 1)
 
 
 def problem(case: Case, memory: Memory) -> Problem:
@@ -135,17 +218,20 @@ def problem(case: Case, memory: Memory) -> Problem:
     do = memory.random(g, case.S, case.B, case.hq, case.Dv, dtype=case.dtype)
     stat_dtype = torch.float64 if case.dtype == torch.float64 else torch.float32
     dlse = torch.randn(case.S, case.B, case.hq, generator=g, dtype=torch.float64)
-    q64, k64, v64 = (x.double().requires_grad_() for x in (q, k, v))
-    out, lse = attention_fp64(case, q64, k64, v64)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    per_head = [None if x is None else x.double().requires_grad_() for x in case.per_head()]
+    out, lse = attention_fp64(case, *leaves, *per_head)
+    asked = dict(zip((*NAMES[2:], "dsinks", "dslopes"), (*leaves, *per_head), strict=True))
+    asked = {name: leaf for name, leaf in asked.items() if leaf is not None}
     if case.Sk:
-        loss = (out * do.double()).sum() + (lse * dlse).sum()
-        grads = torch.autograd.grad(loss, (q64, k64, v64))
+        finite = lse.masked_fill(lse == -math.inf, 0.0)
+        grads = torch.autograd.grad((out * do.double()).sum() + (finite * dlse).sum(), list(asked.values()))
     else:
-        grads = tuple(torch.zeros_like(x) for x in (q64, k64, v64))
+        grads = tuple(torch.zeros_like(x) for x in asked.values())
         dlse.zero_()
     delta = memory.rows(case.S, case.B, case.hq, 1, stat_dtype)[..., 0]
     delta.copy_((out.detach() * do.double()).sum(-1) - dlse)
-    truth = dict(zip(NAMES, (out.detach(), lse.detach(), *grads), strict=True))
+    truth = {"out": out.detach(), "lse": lse.detach()} | dict(zip(asked, grads, strict=True))
     return Problem(q, k, v, do, truth, lse.detach().permute(2, 1, 0).to(stat_dtype).contiguous(), delta)
 
 
@@ -157,33 +243,44 @@ def run(launchers, case: Case, p: Problem, memory: Memory) -> dict[str, Tensor]:
     dq = spans_of(memory, case.S, case.cuts, case.B, (case.hq, case.D, case.dtype))
     dkv = spans_of(memory, case.Sk, case.key_cuts, case.B, (case.hkv, case.D, sums), (case.hkv, case.Dv, sums))
     lse = torch.full_like(p.lse, math.nan)
-    forward(p.q, p.k, p.v, out, lse, case.options)
-    backward(p.q, p.k, p.v, p.do, p.lse, p.delta, dq, dkv, case.options)
+    options = case.options
+    heads = HeadGrads(*(None if x is None else torch.full_like(x, math.nan) for x in case.per_head()))
+    forward(p.q, p.k, p.v, out, lse, options)
+    backward(p.q, p.k, p.v, p.do, p.lse, p.delta, dq, dkv, options, heads)
     assert torch.equal(lse.permute(2, 1, 0), joined(out, 1))
     results = (joined(out, 0), joined(out, 1), joined(dq, 0), joined(dkv, 0), joined(dkv, 1))
-    return dict(zip(NAMES, results, strict=True))
+    found = dict(zip(NAMES, results, strict=True)) | {"dsinks": heads.sinks, "dslopes": heads.slopes}
+    return {name: result for name, result in found.items() if result is not None}
 
 
 def achieved_by_torch(case: Case, p: Problem) -> dict[str, float]:
-    """Relative errors of PyTorch's SDPA in the case's dtype, without what it cannot: the LSE's gradient, softcap."""
-    case = replace(case, softcap=None)
+    """Relative errors of PyTorch's SDPA in the case's dtype, without what it lacks: softcap, sinks, dropout by counters.
+
+    Of sinks and slopes, which it has no gradients for, the error may be that of dq.
+    """
+    case = replace(case, softcap=None, sinks=False, dropout=0.0)
     kv_head = torch.tensor([(h + case.offset) // case.group for h in range(case.hq)])
     leaves = [x.detach().clone().requires_grad_() for x in (p.q, p.k, p.v)]
     q, k, v = (x.permute(1, 2, 0, 3) for x in (leaves[0], leaves[1][:, :, kv_head], leaves[2][:, :, kv_head]))
-    mask = {"attn_mask": case.kept} if case.window else {"is_causal": case.causal}
-    out = F.scaled_dot_product_attention(q, k, v, **mask, scale=case.scale)
+    slopes = case.per_head()[1]
+    mask = case.kept
+    if slopes is not None:
+        mask = -slopes[:, None, None] * oracle.distances(case.S, case.Sk, case.ids()).unsqueeze(1)
+        mask = mask.masked_fill(~case.kept, -math.inf).to(case.dtype)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.expand(case.B, case.hq, -1, -1), scale=case.scale)
     grads = torch.autograd.grad(out, leaves, p.do.permute(1, 2, 0, 3))
     exact = [x.double().requires_grad_() for x in (p.q, p.k, p.v)]
-    out64, _ = attention_fp64(case, *exact)
+    out64, _ = attention_fp64(case, *exact, None, slopes if slopes is None else slopes.double())
     grads64 = torch.autograd.grad(out64, exact, p.do.double())
     pairs = zip((out.permute(2, 0, 1, 3), *grads), (out64, *grads64), strict=True)
-    return dict(zip(("out", "dq", "dk", "dv"), (relative_error(a, b.detach()) for a, b in pairs), strict=True))
+    found = dict(zip(("out", "dq", "dk", "dv"), (relative_error(a, b.detach()) for a, b in pairs), strict=True))
+    return found | dict.fromkeys(("dsinks", "dslopes"), found["dq"])
 
 
 def assert_close(case: Case, p: Problem, results: dict[str, Tensor]) -> None:
     limits = {torch.float32: 2e-6, torch.float64: 1e-13}
     if case.dtype in limits:
-        allowed = dict.fromkeys(NAMES, limits[case.dtype])
+        allowed = dict.fromkeys(results, limits[case.dtype])
     else:
         allowed = {name: 2 * error for name, error in achieved_by_torch(case, p).items()} | {"lse": 2e-6}
     for name, result in results.items():
@@ -230,6 +327,40 @@ CASES = {
     "softcap hardly bends": Case(softcap=1000.0),
     "softcap negative scale": Case(softcap=1.0, scale=-0.3),
     "softcap scale 0": Case(softcap=1.0, scale=0.0),
+    "documents": Case(S=150, Sk=150, documents="runs"),
+    "documents dense batch 2": Case(S=150, Sk=150, B=2, documents="runs", causal=False, group=2),
+    "documents window": Case(S=150, Sk=150, B=2, documents="runs", window=(20, 9), causal=False),
+    "documents of other keys": Case(S=100, Sk=150, B=2, documents="runs", causal=False),
+    "documents of other keys causal": Case(S=150, Sk=100, B=2, documents="runs"),
+    "documents mixed": Case(S=100, Sk=100, B=2, documents="mixed"),
+    "documents mixed dense": Case(S=70, Sk=90, B=2, documents="mixed", causal=False, window=(30, -1)),
+    "sinks": Case(sinks=True, hq=4, group=2, offset=1),
+    "sinks and keyless rows": Case(S=100, Sk=40, sinks=True, window=(5, 0), B=2),
+    "slopes": Case(slopes=True, hq=4, group=2, B=2),
+    "slopes dense": Case(slopes=True, causal=False, S=40, Sk=90, softcap=3.0),
+    "dropout": Case(dropout=0.3, hq=4, group=2, B=2),
+    "dropout dense sinks": Case(dropout=0.6, causal=False, sinks=True, S=33, Sk=100),
+    "prefix": Case(predicate="prefix", causal=False, B=2, S=150, Sk=150),
+    "woven": Case(predicate="woven", causal=False, hq=4, group=2, S=90, Sk=150),
+    "woven causal": Case(predicate="woven", hq=3, S=90, Sk=90),
+    "woven window documents": Case(predicate="woven", window=(40, 3), documents="mixed", B=2, S=90, Sk=90),
+    "everything": Case(
+        S=150,
+        Sk=150,
+        B=2,
+        hq=4,
+        group=2,
+        offset=1,
+        documents="runs",
+        window=(60, 0),
+        softcap=2.0,
+        sinks=True,
+        slopes=True,
+        dropout=0.2,
+        predicate="woven",
+        cuts=(33,),
+        key_cuts=(50,),
+    ),
     "window softcap": Case(S=100, Sk=80, window=(33, 5), causal=False, softcap=3.0, hq=4, group=2),
 }
 LOW = {
@@ -241,6 +372,10 @@ LOW = {
     "partial sums": Case(partial=True, S=40, Sk=40),
     "unaligned": Case(aligned=False, S=40, Sk=40),
     "window softcap": Case(window=(20, 0), softcap=3.0),
+    "documents": Case(S=90, Sk=90, B=2, documents="runs"),
+    "slopes": Case(slopes=True, causal=False),
+    "sinks dropout": Case(sinks=True, dropout=0.2),
+    "prefix": Case(predicate="prefix", causal=False),
 }
 
 
@@ -388,7 +523,7 @@ def test_nothing_is_launched_for_no_tokens() -> None:
 @triton.jit
 def _tanh_kernel(x_ptr, y_ptr, slope_ptr, SIZE: tl.constexpr):
     o = tl.arange(0, SIZE)
-    y, slope = _softcap.tanh(tl.load(x_ptr + o))
+    y, slope = _scores.tanh(tl.load(x_ptr + o))
     tl.store(y_ptr + o, y)
     tl.store(slope_ptr + o, slope)
 
@@ -410,21 +545,18 @@ def test_tanh_keeps_its_digits() -> None:
 
 @triton.jit
 def _tiles_kernel(
-    ranges_ptr, key_ranges_ptr, place_ptr, S, Sk, n_heads, section, left, right,
-    IS_CAUSAL: tl.constexpr, IS_WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ranges_ptr, key_ranges_ptr, place_ptr, i_b, B, S, Sk, n_heads, section, left, right, documents,
+    HAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    m = (i_b, B, S, Sk, left, right, documents, ())
     for i in range(0, tl.cdiv(S, BLOCK_M)):
-        full, full_end, begin, end = _mask.tile_range(
-            i * BLOCK_M, S, Sk, left, right, IS_CAUSAL, IS_WINDOW, BLOCK_M, BLOCK_N
-        )
+        full, full_end, begin, end, _ = _mask.tile_range(i * BLOCK_M, 0, m, (), HAS, BLOCK_M, BLOCK_N)
         tl.store(ranges_ptr + 4 * i, full)
         tl.store(ranges_ptr + 4 * i + 1, full_end)
         tl.store(ranges_ptr + 4 * i + 2, begin)
         tl.store(ranges_ptr + 4 * i + 3, end)
     for i in range(0, tl.cdiv(Sk, BLOCK_N)):
-        full, full_end, begin, end = _mask.tile_range_keys(
-            i * BLOCK_N, S, Sk, left, right, IS_CAUSAL, IS_WINDOW, BLOCK_M, BLOCK_N
-        )
+        full, full_end, begin, end, _ = _mask.tile_range_keys(i * BLOCK_N, 0, m, (), HAS, BLOCK_M, BLOCK_N)
         tl.store(key_ranges_ptr + 4 * i, full)
         tl.store(key_ranges_ptr + 4 * i + 1, full_end)
         tl.store(key_ranges_ptr + 4 * i + 2, begin)
@@ -437,20 +569,30 @@ def _tiles_kernel(
 
 @triton.jit
 def _keep_kernel(
-    kept_ptr, Sk, left, right, IS_CAUSAL: tl.constexpr, IS_WINDOW: tl.constexpr, SIZE: tl.constexpr
+    kept_ptr, i_b, B, S, Sk, left, right, documents, HAS: tl.constexpr, SIZE: tl.constexpr
 ):  # fmt: skip
     o = tl.arange(0, SIZE)
-    kept = _mask.keep(o[:, None], o[None, :], Sk, left, right, IS_CAUSAL, IS_WINDOW)
+    m = (i_b, B, S, Sk, left, right, documents, ())
+    doc_m, spot_m = _mask.tokens(m, 0, o, S, HAS)
+    doc_n, _ = _mask.tokens(m, 1, o, Sk, HAS)
+    kept = _mask.keep(m, 0, o[:, None], o[None, :], spot_m[:, None], doc_m[:, None], doc_n[None, :], HAS, None)
     tl.store(kept_ptr + o[:, None] * SIZE + o[None, :], kept.to(tl.int32))
 
 
-def tiles_of(options: Options, S: int, Sk: int, M: int, N: int, heads: int = 1, section: int = 1) -> tuple[Tensor, ...]:
+def mask_of(options: Options, S: int, Sk: int) -> dict:
+    names = ("left", "right", "documents", "HAS")
+    return {name: value for name, value in _options.arguments(options, S, Sk).items() if name in names}
+
+
+def tiles_of(
+    options: Options, S: int, Sk: int, M: int, N: int, heads: int = 1, section: int = 1, b: int = 0, B: int = 1
+) -> tuple[Tensor, ...]:
     """Ranges of the query tiles and of the key tiles, `[tiles, 4]`, and (tile, head) of every program."""
     ranges, key_ranges = (torch.zeros(-(-n // block), 4, dtype=torch.int32) for n, block in ((S, M), (Sk, N)))
     placed = torch.zeros(len(ranges) * heads, 2, dtype=torch.int32)
     _config.launch(
         _tiles_kernel, (1,), num_warps=4, num_stages=1, ranges_ptr=ranges, key_ranges_ptr=key_ranges, place_ptr=placed,
-        S=S, Sk=Sk, n_heads=heads, section=section, BLOCK_M=M, BLOCK_N=N, **_mask.mask(options, S, Sk),
+        i_b=b, B=B, S=S, Sk=Sk, n_heads=heads, section=section, BLOCK_M=M, BLOCK_N=N, **mask_of(options, S, Sk),
     )  # fmt: skip
     return ranges, key_ranges, placed
 
@@ -459,36 +601,42 @@ def tiles_of(options: Options, S: int, Sk: int, M: int, N: int, heads: int = 1, 
     S=st.integers(1, 60), Sk=st.integers(1, 60), causal=st.booleans(), M=st.sampled_from([8, 16]),
     window=st.none() | st.tuples(*[st.integers(-1, 20) | st.integers(-1, 70)] * 2),
     N=st.sampled_from([8, 16]), heads=st.integers(1, 5), section=st.integers(1, 5),
+    documents=st.sampled_from([None, "runs", "mixed"]), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_tiles_hold_what_is_kept(S, Sk, causal, window, M, N, heads, section) -> None:
+def test_tiles_hold_what_is_kept(S, Sk, causal, window, M, N, heads, section, documents, seed) -> None:
     """Full tiles are kept whole, skipped ones hold nothing, and every tile of every head has one program."""
-    options = Options(1.0, causal, HeadMap(1, 0), window)
-    ranges, key_ranges, placed = tiles_of(options, S, Sk, M, N, heads, section)
+    case = Case(S, Sk, 2, 1, causal=causal, window=window, documents=documents, seed=seed)
+    options = case.options
+    ranges, key_ranges, placed = tiles_of(options, S, Sk, M, N, heads, section, 1, 2)
     kept = torch.zeros(64, 64, dtype=torch.int32)
     _config.launch(
-        _keep_kernel, (1,), num_warps=4, num_stages=1, kept_ptr=kept, Sk=Sk, SIZE=64, **_mask.mask(options, S, Sk)
+        _keep_kernel, (1,), num_warps=4, num_stages=1, kept_ptr=kept, i_b=1, B=2, S=S, Sk=Sk, SIZE=64,
+        **mask_of(options, S, Sk),
     )  # fmt: skip
-    pairs = torch.nn.functional.pad(allowed(S, Sk, causal=causal, window=window), (0, 64 - Sk, 0, 64 - S))
+    pairs = torch.nn.functional.pad(case.kept[-1, 0], (0, 64 - Sk, 0, 64 - S))
     assert torch.equal(kept[:S].bool(), pairs[:S])
-    windowed = _mask.mask(options, S, Sk)["IS_WINDOW"]
+    windowed = _options.flags(options).gaps
+    exact = documents != "mixed"  # the tokens of a mixed document lie among others
     for i, found in enumerate(ranges.tolist()):
-        check_ranges(pairs[i * M : min((i + 1) * M, S)], found, N, windowed)
+        check_ranges(pairs[i * M : min((i + 1) * M, S)], found, N, windowed, exact)
         assert found[0] == found[1] or found[1] % N == 0, "a full tile's keys are loaded without a mask"
-        assert not pairs[i * M : (i + 1) * M, found[1] : found[1] + N].all(), "a full tile is asked for every pair"
+        assert not exact or not pairs[i * M : (i + 1) * M, found[1] : found[1] + N].all(), (
+            "a full tile is asked for every pair"
+        )
     for i, found in enumerate(key_ranges.tolist()):
-        check_ranges(pairs[:S, i * N : min((i + 1) * N, Sk)].T, found, M, windowed)
+        check_ranges(pairs[:S, i * N : min((i + 1) * N, Sk)].T, found, M, windowed, exact)
     order = [tuple(p) for p in placed.tolist()]
     assert sorted(order) == [(t, h) for t in range(len(ranges)) for h in range(heads)]
     assert [t for t, h in order if h == 0] == list(range(len(ranges)))[::-1]
 
 
 def partial_tiles(found: list[int], block: int, window: bool) -> list[int]:
-    """Where the partial tiles lie, by the rule of `_mask.partial_tile`."""
+    """Where the partial tiles lie, by the rule of `_mask.tile_at`."""
     full, full_end, begin, end = found
     return [i + full_end - full if window and i >= full else i for i in range(begin, end, block)]
 
 
-def check_ranges(pairs: Tensor, found: list[int], block: int, window: bool) -> None:
+def check_ranges(pairs: Tensor, found: list[int], block: int, window: bool, exact: bool) -> None:
     """`pairs [rows, columns]` of one tile of rows: each tile of columns once, full, partial, or skipped as empty.
 
     Of a window, no tile is visited in vain. A causal mask alone is coarser where a key tile reaches past the sequence.
@@ -500,7 +648,7 @@ def check_ranges(pairs: Tensor, found: list[int], block: int, window: bool) -> N
     for start in range(0, pairs.shape[1], block):
         tile = pairs[:, start : start + block]
         assert start in visited or not tile.any(), "a tile that holds pairs is skipped"
-        if window and start in partial:
+        if window and exact and start in partial:
             assert tile.any(), "a tile that holds nothing is visited"
             assert tile.shape[1] < block or not tile.all(), "a full tile is asked for every pair"
 
@@ -513,5 +661,5 @@ def test_work_of_a_window_follows_the_window() -> None:
         for found, rows, block in ((ranges, M, N), (key_ranges, N, M)):
             tiles = [len(partial_tiles(r, block, True)) + len(range(r[0], r[1], block)) for r in found.tolist()]
             assert max(tiles) <= (rows + columns - 2) // block + 2
-    for start, _, keys in reference._query_blocks(S, S, Options(1.0, True, HeadMap(1, 0), (100, 60))):
-        assert keys.stop - keys.start <= reference.BLOCK + 100 and keys.start >= start - 100
+    for start, _, keys in _reference_attend.query_blocks(S, S, Options(1.0, True, HeadMap(1, 0), (100, 60))):
+        assert keys.stop - keys.start <= _reference_attend.BLOCK + 100 and keys.start >= start - 100

@@ -17,10 +17,14 @@ ROOT = Path(__file__).parent.parent / "ulysses_triton"
 LAYERS: dict[str, tuple[str, ...]] = {
     "kernels": (
         "kernels._config",
+        "kernels._documents",
+        "kernels._dropout",
         "kernels._mask",
+        "kernels._options",
+        "kernels._reference_attend",
         "kernels._rope_norm",
         "kernels._rows",
-        "kernels._softcap",
+        "kernels._scores",
         "kernels._table",
         "kernels._views",
         "kernels.attend_backward",

@@ -1,8 +1,11 @@
-"""Softcap: scores `c tanh(x / c)` of `x = scale q k^T`, which never leave (-c, c), and the slope for backward.
+"""From products q k^T to scores: the softcap, and ALiBi.
 
-With u = 2 / (e^(2|y|) + 1) are tanh |y| = 1 - u and tanh'(y) = 1 - tanh^2 y = u (2 - u). The first loses all digits to
-cancellation as y goes to 0, so a polynomial takes over there (Cephes, tanhf); the second keeps its digits where tanh
-saturates, which 1 - tanh^2 would not. exp2 is the only function used, which every target has.
+A softcap makes `c tanh(x / c)` of `x = scale q k^T`, which never leaves (-c, c). With u = 2 / (e^(2|y|) + 1) are tanh
+|y| = 1 - u and tanh'(y) = 1 - tanh^2 y = u (2 - u). The first loses all digits to cancellation as y goes to 0, so a
+polynomial takes over there (Cephes, tanhf); the second keeps its digits where tanh saturates, which 1 - tanh^2 would
+not. exp2 is the only function used, which every target has.
+
+ALiBi (Press et al. 2022, "Train short, test long", section 3) then takes `slope * |i - j|` away, a slope per head.
 
 Worked example: scale = 0.1, softcap 50. tanh is taken of `q k^T * 0.002`, and scores in base 2 are `50 log2(e)` times
 that: the kernels multiply by `cap_scale` inside and by `qk_scale` outside.
@@ -11,7 +14,6 @@ that: the kernels multiply by `cap_scale` inside and by `qk_scale` outside.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -35,12 +37,14 @@ def tanh(y):
     return tl.where(size < 0.625, y + y * z * series, large), u * (2.0 - u)
 
 
-def scales(options: Options) -> dict[str, Any]:
+@triton.jit
+def distance(q_spot, kv_pos):
+    """|i - j| in fp32, which holds all whole numbers up to 2^24 and rounds larger ones."""
+    return tl.abs(q_spot - kv_pos).to(tl.float32)
+
+
+def scales(options: Options) -> dict[str, float]:
     """Kernel arguments: scores in base 2 are `qk_scale * q k^T`, or `qk_scale * tanh(cap_scale * q k^T)`."""
     if options.softcap is None:
-        return {"qk_scale": options.scale * LOG2_E, "cap_scale": 0.0, "HAS_SOFTCAP": False}
-    return {
-        "qk_scale": options.softcap * LOG2_E,
-        "cap_scale": options.scale / options.softcap,
-        "HAS_SOFTCAP": True,
-    }
+        return {"qk_scale": options.scale * LOG2_E, "cap_scale": 0.0}
+    return {"qk_scale": options.softcap * LOG2_E, "cap_scale": options.scale / options.softcap}
