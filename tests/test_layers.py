@@ -16,8 +16,10 @@ ROOT = Path(__file__).parent.parent / "ulysses_triton"
 # place here first.
 LAYERS: dict[str, tuple[str, ...]] = {
     "kernels": (
+        "kernels._blocks",
         "kernels._config",
         "kernels._mask",
+        "kernels._predicate",
         "kernels._rope_norm",
         "kernels._rows",
         "kernels._softcap",
