@@ -34,9 +34,7 @@ _NAMES = ("int8", "int16", "int32", "int64", "uint8", "float16", "bfloat16", "fl
 _DTYPES = {getattr(tl, name): getattr(torch, name) for name in _NAMES} | {tl.int1: torch.bool}
 
 
-def evaluate(
-    predicate: Predicate, batch: Tensor | int, head: Tensor | int, q_pos: Tensor, kv_pos: Tensor
-) -> Tensor:  # fmt: skip
+def evaluate(predicate: Predicate, batch: Tensor | int, head: Tensor | int, q_pos: Tensor, kv_pos: Tensor) -> Tensor:
     """What the predicate says, as bools in the common shape of the four indices, all on one device."""
     function = predicate.function.fn
     indices = [torch.as_tensor(x, device=q_pos.device) for x in (batch, head, q_pos, kv_pos)]
@@ -122,9 +120,7 @@ def _quotient(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _operator(compute: Callable[[Tensor, Tensor], Tensor], reflected: bool = False) -> Callable[[Any, Any], Any]:
-    def method(self: Value, other: Any) -> Any:
-        if isinstance(other, Pointer):
-            return NotImplemented  # its own operator takes over
+    def method(self: Value, other: Any) -> Value:
         return Value(compute(*_tensors(*((other, self) if reflected else (self, other)))))
 
     return method
@@ -140,12 +136,15 @@ class Value:
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
 
+    def __add__(self, other: Any) -> Any:
+        return other + self if isinstance(other, Pointer) else self._add(other)
+
     def to(self, dtype: tl.dtype) -> Value:
         if dtype not in _DTYPES:
             raise TypeError(f"it casts to {dtype}")
         return Value(self.tensor.to(_DTYPES[dtype]))
 
-    __add__, __radd__ = _operators(_arithmetic(torch.add))
+    _add, __radd__ = _operators(_arithmetic(torch.add))
     __sub__, __rsub__ = _operators(_arithmetic(torch.sub))
     __mul__, __rmul__ = _operators(_arithmetic(torch.mul))
     __truediv__, __rtruediv__ = _operators(_arithmetic(_divide))
@@ -180,12 +179,20 @@ class Pointer:
         self.number, self.flat, self.index = number, flat, index
 
     def __add__(self, other: Any) -> Pointer:
+        if isinstance(other, Pointer):
+            raise TypeError(f"it adds {other!r}, not yet loaded, to {self!r}")
         return Pointer(self.number, self.flat, self.index + other)
 
     __radd__ = __add__
 
     def __sub__(self, other: Any) -> Pointer:
-        return Pointer(self.number, self.flat, self.index - other)
+        return self + -other
+
+    def __eq__(self, other: Any) -> bool:
+        raise TypeError(f"it compares {self!r}, which it has to tl.load first")
+
+    def __repr__(self) -> str:
+        return f"captured tensor {self.number}"
 
 
 class Namespace:

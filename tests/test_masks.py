@@ -218,6 +218,26 @@ def reads_before(batch, head, q_pos, kv_pos, lens):
 
 
 @triton.jit
+def loads_nothing(batch, head, q_pos, kv_pos, lens):
+    return (lens == 3) | (q_pos > kv_pos)
+
+
+@triton.jit
+def loads_too_late(batch, head, q_pos, kv_pos, lens):
+    return q_pos != lens
+
+
+@triton.jit
+def adds_pointers(batch, head, q_pos, kv_pos, lens, more):
+    return tl.load(lens + q_pos + more) > 0
+
+
+@triton.jit
+def returns_nothing(batch, head, q_pos, kv_pos):
+    kv_pos < q_pos  # noqa: B015
+
+
+@triton.jit
 def reads_an_index(batch, head, q_pos, kv_pos):
     return tl.load(q_pos) > kv_pos
 
@@ -246,6 +266,10 @@ LENS = torch.tensor([4, 5])
         (pythons_max, (), "'max' is not defined.*maximum"),
         (reads_beyond, (LENS,), "element 2 of captured tensor 0, which has 2; give tl.load a mask"),
         (reads_before, (LENS,), "element -1 of captured tensor 0"),
+        (loads_nothing, (LENS,), "compares captured tensor 0, which it has to tl.load first"),
+        (loads_too_late, (LENS,), "computes with captured tensor 0"),
+        (adds_pointers, (LENS, LENS), "adds captured tensor 1, not yet loaded, to captured tensor 0"),
+        (returns_nothing, (), "NoneType"),
         (reads_an_index, (), "something else than a captured tensor"),
         (uses_a_method, (), r"uses \.max of a tensor"),
         (prefix, (), "missing 1 required positional argument"),
