@@ -17,7 +17,7 @@ from ._views import Documents
 
 
 def documents(q_ids: Tensor, k_ids: Tensor | None = None) -> Documents:
-    """`Documents` of the numbers of all queries, int `[B, S]`, and of all keys, `[B, Sk]`; None where both are equal."""
+    """`Documents` of the numbers of all queries, int `[B, S]`, and all keys, `[B, Sk]`; None where both are equal."""
     other = q_ids if k_ids is None else k_ids
     q_first, k_first = _first(q_ids), _first(other)
     q_side, k_side = _side(q_ids, other, q_first), _side(other, q_ids, k_first)

@@ -254,7 +254,7 @@ def run(launchers, case: Case, p: Problem, memory: Memory) -> dict[str, Tensor]:
 
 
 def achieved_by_torch(case: Case, p: Problem) -> dict[str, float]:
-    """Relative errors of PyTorch's SDPA in the case's dtype, without what it lacks: softcap, sinks, dropout by counters.
+    """Relative errors of PyTorch's SDPA in the case's dtype, without what it lacks: softcap, sinks, our dropout.
 
     Of sinks and slopes, which it has no gradients for, the error may be that of dq.
     """

@@ -16,11 +16,13 @@ ROOT = Path(__file__).parent.parent / "ulysses_triton"
 # place here first.
 LAYERS: dict[str, tuple[str, ...]] = {
     "kernels": (
+        "kernels._blocks",
         "kernels._config",
         "kernels._documents",
         "kernels._dropout",
         "kernels._mask",
         "kernels._options",
+        "kernels._predicate",
         "kernels._reference_attend",
         "kernels._rope_norm",
         "kernels._rows",

@@ -1,5 +1,6 @@
 """ulysses-triton: exact attention over sequences that are sharded across ranks."""
 
+from . import masks
 from .api import ulysses_attention, ulysses_qkv_attention
 from .errors import DeviceError, DtypeError, ExchangeError, GroupError, OptionError, ShapeError, UlyssesError
 from .group import UlyssesGroup, run_virtual
@@ -18,6 +19,7 @@ __all__ = [
     "UlyssesGroup",
     "count_tokens",
     "gather_sequence",
+    "masks",
     "run_virtual",
     "shard_lens",
     "shard_sequence",
