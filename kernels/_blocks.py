@@ -81,12 +81,12 @@ def combine(status: Tensor | None, options: Options, S: int, Sk: int, *, block: 
     n_k = -(-Sk // block)
     touched = _touched(low, high, n_k, block)
     begin = torch.arange(n_k, device=device) * block
-    end = (begin + block).clamp(max=Sk)
+    end = begin + block  # past the last key, so that no block beyond it is full: kernels load those without a mask
     beyond = -S % block  # queries that do not exist take nothing away
     last_low = pad(low, (0, beyond)).unflatten(-1, (-1, block)).amax(-1, keepdim=True)  # [B, n_q, 1]
     first_high = pad(high_of_run, (0, beyond), value=Sk).unflatten(-1, (-1, block)).amin(-1, keepdim=True)
     whole = (last_low <= begin) & (first_high >= end)
-    bounds = touched.to(torch.uint8) + (touched & whole).to(torch.uint8)  # [B, n_q, n_k]
+    bounds = touched.to(torch.uint8) + whole.to(torch.uint8)  # [B, n_q, n_k]; what is whole is touched
     return bounds[:, None] if status is None else bounds[:, None].minimum(status)
 
 

@@ -136,14 +136,6 @@ class Value:
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
 
-    def __add__(self, other: Any) -> Any:
-        return other + self if isinstance(other, Pointer) else self._add(other)
-
-    def to(self, dtype: tl.dtype) -> Value:
-        if dtype not in _DTYPES:
-            raise TypeError(f"it casts to {dtype}")
-        return Value(self.tensor.to(_DTYPES[dtype]))
-
     _add, __radd__ = _operators(_arithmetic(torch.add))
     __sub__, __rsub__ = _operators(_arithmetic(torch.sub))
     __mul__, __rmul__ = _operators(_arithmetic(torch.mul))
@@ -159,6 +151,9 @@ class Value:
         _operator, (torch.lt, torch.le, torch.gt, torch.ge, torch.eq, torch.ne)
     )
 
+    def __add__(self, other: Any) -> Any:
+        return other + self if isinstance(other, Pointer) else self._add(other)
+
     def __neg__(self) -> Value:
         return Value(-self.tensor)
 
@@ -167,6 +162,11 @@ class Value:
 
     def __bool__(self) -> bool:
         raise TypeError("it asks for the truth of a tensor, by `if`, `and`, `or`, `not`, `in` or a chained comparison")
+
+    def to(self, dtype: tl.dtype) -> Value:
+        if dtype not in _DTYPES:
+            raise TypeError(f"it casts to {dtype}")
+        return Value(self.tensor.to(_DTYPES[dtype]))
 
     def __getattr__(self, name: str) -> Any:
         raise TypeError(f"it uses .{name} of a tensor")

@@ -101,7 +101,7 @@ CASES: dict[str, tuple[Any, tuple[Tensor, ...]]] = {
     "strided": (strided, ()),
     "by_head": (by_head, ()),
     "with_helper": (with_helper, ()),
-    "looked_up": (looked_up, (torch.tensor([0.1, 9.0, 0.6, 9.0, 0.4, 9.0, 0.7]), torch.tensor([True, False, True]))),
+    "looked_up": (looked_up, (torch.tensor([0.9, 9.0, 0.1, 9.0, 0.4, 9.0, 0.7]), torch.tensor([True, False, True]))),
 }
 
 
@@ -143,6 +143,18 @@ def test_a_twin_knows_names_that_the_interpreter_does_not() -> None:
     near_ones = evaluate(Predicate(with_neither), 0, 0, i, j)
     assert torch.equal(evaluate(predicate, 1, 1, i, j), near_ones | ((i - j).abs() <= 3))
     assert torch.equal(evaluate(predicate, *indices(2, 2, 6, 6))[1, 0], near_ones | ((i - j).abs() <= 4))
+
+
+@triton.jit
+def sparse(batch, head, q_pos, kv_pos, n, ids):
+    return tl.load(ids + kv_pos, mask=kv_pos < tl.load(n)) == q_pos
+
+
+def test_a_load_reads_nothing_where_its_mask_is_false() -> None:
+    for n in (0, 2):
+        found = evaluate(Predicate(sparse, (torch.tensor([n]), torch.tensor([2, 1][:n]))), *indices(1, 1, 3, 4))
+        expected = torch.tensor([2, 1, 0, 0] if n else [0, 0, 0, 0]) == torch.arange(3)[:, None]
+        assert torch.equal(found[0, 0], expected)
 
 
 @triton.jit

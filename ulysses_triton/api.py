@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import halves, op
+from . import halves, masks, op
 from .call import Call, describe
 from .errors import DeviceError, DtypeError, OptionError, ShapeError, UlyssesError
 from .executor import views_of_rows
 from .group import Groupish, UlyssesGroup, resolve
+from .packed import Offsets, kept_tables
+from .packed import check as check_packing
+from .packed import tables as packed_tables
 from .placement import place
+from .shard import gather_sequence
 
 Attention = str | Callable[..., Tensor]
 
@@ -27,6 +32,14 @@ def ulysses_attention(
     scale: float | None = None,
     window: tuple[int, int] | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    cu_seqlens: Offsets | None = None,
+    cu_seqlens_k: Offsets | None = None,
+    mask: Any = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
     lens: Sequence[int] | None = None,
     kv_lens: Sequence[int] | None = None,
     attention: Attention = "auto",
@@ -39,31 +52,43 @@ def ulysses_attention(
     into head shards, each rank attends over the whole sequence for its heads, a second exchange turns the result back
     (DeepSpeed-Ulysses, Jacobs et al. 2023, https://arxiv.org/abs/2309.14509, section 3).
 
-    Args:
-        q: `[B, L, Hq, D]`, this rank's L tokens; any strides with a dense last dim; fp32, bf16, fp16, or fp64 on a CPU.
-        k: `[B, Lk, Hkv, D]`; Hkv divides Hq, query head h attends to kv head `h // (Hq / Hkv)`.
-        v: `[B, Lk, Hkv, Dv]`. D and Dv are multiples of 8, at most 256.
-        group: a `ProcessGroup`, a 1-D `DeviceMesh`, a `UlyssesGroup`, or None for the default group (one rank, plain
-            attention, when `torch.distributed` is not initialised). With data-parallel ranks in the job pass the
-            sequence-parallel group: with None all ranks would share one sequence. Its size must divide Hq.
-        causal: token i of the whole sequence attends to tokens `0..i` (aligned at token 0 when keys differ in length).
-        scale: the softmax scale; None for `1 / sqrt(D)`.
-        window: `(left, right)` in tokens: token i of the whole sequence attends to tokens `i - left .. i + right` only;
-            -1 for no bound on that side, and with `causal` right counts as 0. Aligned at token 0 also when keys differ
-            in length (flash-attn aligns at the end). A token that no key is left for gets zeros, and an LSE of -inf.
-        softcap: scores are `softcap * tanh(scale q k^T / softcap)`, ahead of the mask (Gemma 2, Gemma Team 2024,
-            https://arxiv.org/abs/2408.00118, section 2); None for none.
-        lens: every rank's L in tokens, when they differ. kv_lens: every rank's Lk, when keys have lengths of their own.
-        attention: "auto"; "triton" or "aten" (PyTorch's kernel) to insist on one; or a callable
-            `attention(q, k, v, causal=..., scale=...)`, and `window=`, `softcap=` where they are given, that gets
-            `[B, S, h, D]` views of the whole sequence with this rank's heads (fewer for k and v under GQA) and returns
-            `[B, S, h, Dv]`.
-        recompute: "exchange" saves only the inputs for backward (beside the output) and exchanges again; None saves the
-            exchanged q, k and v.
-        return_lse: also return the log-sum-exp of the scores, `[B, L, Hq]`, natural log, fp32 (fp64 for fp64).
+    Args: q: `[B, L, Hq, D]`, this rank's L tokens; any strides with a dense last dim; fp32, bf16, fp16, or fp64 on a
+    CPU. k: `[B, Lk, Hkv, D]`; Hkv divides Hq, query head h attends to kv head `h // (Hq / Hkv)`. v: `[B, Lk, Hkv, Dv]`.
+    D and Dv are multiples of 8, at most 256. group: a `ProcessGroup`, a 1-D `DeviceMesh`, a `UlyssesGroup`, or None for
+    the default group (one rank, plain attention, when `torch.distributed` is not initialised). With data-parallel ranks
+    in the job pass the sequence-parallel group: with None all ranks would share one sequence. Its size must divide Hq.
+    causal: token i of the whole sequence attends to tokens `0..i` (aligned at token 0 when keys differ in length).
+    scale: the softmax scale; None for `1 / sqrt(D)`. window: `(left, right)` in tokens: token i of the whole sequence
+    attends to tokens `i - left .. i + right` only; -1 for no bound on that side, and with `causal` right counts as 0.
+    Aligned at token 0 also when keys differ in length (flash-attn aligns at the end). A token that no key is left for
+    gets zeros, and an LSE of -inf. softcap: scores are `softcap * tanh(scale q k^T / softcap)`, ahead of the mask
+    (Gemma 2, Gemma Team 2024, https://arxiv.org/abs/2408.00118, section 2); None for none. sinks: `[Hq]` of the whole
+    model, a score per head that no value lies behind (gpt-oss, OpenAI 2025; as a logit without a value: Xiao et al.
+    2023, https://arxiv.org/abs/2309.17453); the LSE counts it. Its gradient is this rank's share: the sum over the
+    ranks is the gradient, as for any replicated parameter. alibi_slopes: `[Hq]` of the whole model: scores lose `slope
+    * |i - j|` (ALiBi, Press et al. 2022, https://arxiv.org/abs/2108.12409, section 3), after the softcap; the gradient
+    is a share likewise. segment_ids: int `[B, L]`, the document of each of this rank's own tokens: tokens attend only
+    tokens of their own document, wherever it lies; negative is padding, with zeros as output and gradients. Gathered
+    once for as long as it is the same tensor, so pass the same one to all layers. cu_seqlens: offsets `[documents + 1]`
+    in the whole sequence from 0 to S, equal on all ranks, ints or a tensor: the same for a batch of 1. A tensor on a
+    GPU is read once. Documents may be empty. With `cu_seqlens_k` keys have documents of their own lengths; causal and
+    window then count from the beginning of every document. mask: a predicate that says which pairs are attended, under
+    `masks.register`; or `(predicate, *tensors)` with tensors that it captured, equal on all ranks; or a
+    `masks.block_mask` of one, whose empty tiles cost nothing. It goes on top of all other masks. dropout_p: the
+    probability with which a pair's weight is dropped; the others grow by `1 / (1 - p)`. Which ones are dropped follows
+    from the seed and the pair's batch, head and positions: the same for any number of ranks. dropout_seed: an int from
+    0, equal on all ranks; None for rank 0's draw from PyTorch's default CPU generator. lens: every rank's L in tokens,
+    when they differ. kv_lens: every rank's Lk, when keys have lengths of their own. attention: "auto"; "triton" or
+    "aten" (PyTorch's kernel) to insist on one; or a callable `attention(q, k, v, causal=..., scale=...)` that gets `[B,
+    S, h, D]` views of the whole sequence with this rank's heads (fewer for k and v under GQA) and returns `[B, S, h,
+    Dv]`. Where they are given it also gets `window=`, `softcap=`, `cu_seqlens=`, `cu_seqlens_k=`, `segment_ids=` `[B,
+    S]`, and `sinks=`, `alibi_slopes=` of its heads. recompute: "exchange" saves only the inputs for backward (beside
+    the output) and exchanges again; None saves the exchanged q, k and v. return_lse: also return the log-sum-exp of the
+    scores, `[B, L, Hq]`, natural log, fp32 (fp64 for fp64).
 
     Returns:
-        `[B, L, Hq, Dv]`, or (that, LSE). Differentiable in q, k, v, through both results.
+        `[B, L, Hq, Dv]`, or (that, LSE). Differentiable in q, k, v, sinks and slopes, through both
+        results.
 
     Raises:
         ShapeError, DtypeError, DeviceError, OptionError: for what is wrong with the call, on every rank, also when only
@@ -73,8 +98,9 @@ def ulysses_attention(
     with _told_to_peers(own):
         _check_tensors(own, q=q, k=k, v=v)
     return _attend(
-        own, (q, k, v), causal=causal, scale=scale, window=window, softcap=softcap, lens=lens, kv_lens=kv_lens,
-        attention=attention, recompute=recompute, return_lse=return_lse,
+        own, (q, k, v), causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks, slopes=alibi_slopes,
+        packing=(segment_ids, cu_seqlens, cu_seqlens_k), mask=mask, dropout=(dropout_p, dropout_seed), lens=lens,
+        kv_lens=kv_lens, attention=attention, recompute=recompute, return_lse=return_lse,
     )  # fmt: skip
 
 
@@ -94,6 +120,13 @@ def ulysses_qkv_attention(
     scale: float | None = None,
     window: tuple[int, int] | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    cu_seqlens: Offsets | None = None,
+    mask: Any = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
     lens: Sequence[int] | None = None,
     attention: Attention = "auto",
     recompute: str | None = None,
@@ -128,7 +161,9 @@ def ulysses_qkv_attention(
     return _attend(
         own, (qkv, None, None), (cos, sin, q_norm, k_norm), heads=heads, kv_heads=kv_heads,
         rope_interleaved=rope_interleaved, rope_dim=rope_dim or 0, norm_eps=norm_eps, causal=causal, scale=scale,
-        window=window, softcap=softcap, lens=lens, attention=attention, recompute=recompute, return_lse=return_lse,
+        window=window, softcap=softcap, sinks=sinks, slopes=alibi_slopes, packing=(segment_ids, cu_seqlens, None),
+        mask=mask, dropout=(dropout_p, dropout_seed), lens=lens, attention=attention, recompute=recompute,
+        return_lse=return_lse,
     )  # fmt: skip
 
 
@@ -170,6 +205,11 @@ def _attend(
     scale: float | None,
     window: tuple[int, int] | None,
     softcap: float | None,
+    sinks: Tensor | None,
+    slopes: Tensor | None,
+    packing: tuple[Any, Any, Any],
+    mask: Any,
+    dropout: tuple[float, int | None],
     rope_interleaved: bool = False,
     rope_dim: int = 0,
     norm_eps: float = 1e-6,
@@ -177,6 +217,7 @@ def _attend(
     recompute: str | None,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    p, seed = dropout
     with _told_to_peers(group):
         if recompute not in (None, "exchange"):
             raise OptionError(f'recompute = {recompute!r}; it must be None or "exchange"')
@@ -184,18 +225,46 @@ def _attend(
             raise OptionError(f"attention is a {type(attention).__name__}; it must be a name or a callable")
         if callable(attention) and (return_lse or recompute):
             raise OptionError("a callable attention goes with neither return_lse nor recompute: they are the kernels'")
+        if callable(attention) and (mask is not None or p):
+            raise OptionError("a callable attention goes with neither mask nor dropout_p: let the callable do it")
         if window is not None and not _two_ints(window):
             raise OptionError(f"window = {window!r}; it must be two ints, (left, right) in tokens, or None")
-        if softcap is not None and (isinstance(softcap, bool) or not isinstance(softcap, (int, float))):
-            raise OptionError(f"softcap is a {type(softcap).__name__}; it must be a number above 0, or None")
+        for name, number in (("softcap", softcap), ("dropout_p", p)):
+            if number is not None and not _is_number(number):
+                raise OptionError(f"{name} is a {type(number).__name__}; it must be a number")
+        if seed is not None and not _is_int(seed):
+            raise OptionError(f"dropout_seed is a {type(seed).__name__}; it must be an int or None")
+        per_head = {"sinks": sinks, "alibi_slopes": slopes}
+        _check_tensors(group, **{name: tensor for name, tensor in per_head.items() if tensor is not None})
         parts = heads + 2 * kv_heads if qkv[1] is None else 1
-        if qkv[0].dim() == 0 or parts < 1:
+        if any(t is not None and t.dim() < 3 for t in qkv) or parts < 1:
             raise ShapeError(f"q has shape {list(qkv[0].shape)}, with heads = {heads} and kv_heads = {kv_heads}")
         head_dim = qkv[0].size(-1) // parts
-    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*qkv, *transform[2:]) if t is not None)
+        predicate, captured, blocks = ("", (), None) if mask is None else masks.parse(mask)
+        keys = qkv[0] if qkv[1] is None else qkv[1]
+        check_packing(*packing, qkv[0].shape, kv_lens is None and keys.shape[1:2] == qkv[0].shape[1:2])
+        all_lens = _all_lens(group, "lens", lens, qkv[0])
+        all_kv_lens = _all_lens(group, "kv_lens", kv_lens if kv_lens is not None else lens, keys)
+        if isinstance(mask, masks.BlockMask) and (mask.q_len, mask.kv_len) != (sum(all_lens), sum(all_kv_lens)):
+            raise ShapeError(
+                f"the block mask is for {mask.q_len} queries and {mask.kv_len} keys; the whole sequence has "
+                f"{sum(all_lens)} and {sum(all_kv_lens)}"
+            )
+    tables: tuple[Tensor | None, Tensor | None] = (None, None)
+    if isinstance(attention, str):
+        tables = _documents(group, packing, all_lens, all_kv_lens, qkv[0])
+    leaves = (*qkv, *transform[2:], sinks, slopes)
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in leaves if t is not None)
     call = Call(
         *qkv,
         *transform,
+        sinks=sinks,
+        slopes=slopes,
+        q_documents=tables[0],
+        k_documents=tables[1],
+        blocks=blocks,
+        seed=torch.randint(2**63 - 1, (), dtype=torch.int64) if p and seed is None else None,
+        captured=list(captured),
         group=group.name,
         heads=heads,
         kv_heads=kv_heads,
@@ -205,6 +274,9 @@ def _attend(
         scale=float(scale if scale is not None else max(head_dim, 1) ** -0.5),
         window=list(window or ()),
         softcap=None if softcap is None else float(softcap),
+        dropout_p=float(p),
+        dropout_seed=seed,
+        predicate=predicate,
         rope_interleaved=rope_interleaved,
         rope_dim=rope_dim,
         norm_eps=norm_eps,
@@ -215,18 +287,46 @@ def _attend(
         abi=op.ABI,
     )
     if not isinstance(attention, str):
-        return _around(group, attention, call)
+        return _around(group, attention, call, packing)
     out, lse, _ = op.attention(*call)
     return (out, lse) if return_lse else out
+
+
+def _documents(
+    group: UlyssesGroup, packing: tuple[Any, Any, Any], lens: Sequence[int], kv_lens: Sequence[int], like: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    segment_ids, q_offsets, k_offsets = packing
+    if segment_ids is None and q_offsets is None:
+        return None, None
+    if not torch.compiler.is_compiling():
+        return kept_tables(group, segment_ids, q_offsets, k_offsets, lens, kv_lens, like.device)
+    q, k = (x if x is None or isinstance(x, Tensor) else torch.tensor(list(x)) for x in (q_offsets, k_offsets))
+    found: tuple[Tensor, Tensor] = packed_tables(segment_ids, q, k, group.name, lens, kv_lens, str(like.device))
+    return found
+
+
+def _all_lens(group: UlyssesGroup, name: str, lens: Sequence[int] | None, own: Tensor) -> list[int]:
+    """All ranks' lengths: those given, or this rank's for all; the op checks them."""
+    if lens is not None and len(lens) != group.size:
+        raise ShapeError(f"{name} = {list(lens)} has {len(lens)} entries; the group has {group.size} ranks")
+    return [own.size(1)] * group.size if lens is None else [int(n) for n in lens]
+
+
+def _is_int(x: object) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, float) or _is_int(x)
 
 
 def _two_ints(window: object) -> bool:
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         return False
-    return all(isinstance(n, int) and not isinstance(n, bool) for n in window)
+    return all(map(_is_int, window))
 
 
-def _around(group: UlyssesGroup, attention: Callable[..., Tensor], call: Call) -> Tensor:
+def _around(group: UlyssesGroup, attention: Callable[..., Tensor], call: Call, packing: tuple[Any, Any, Any]) -> Tensor:
     """A callable between the two halves of the exchange."""
     rows, kv_rows = halves.exchange_in(*call)
     problem, _ = describe(group, call)
@@ -235,7 +335,15 @@ def _around(group: UlyssesGroup, attention: Callable[..., Tensor], call: Call) -
     index = place(problem).kv_head_of(group.rank)
     if len(index) % k.size(2) or index != [h // (len(index) // k.size(2)) for h in range(len(index))]:
         k, v = k[:, :, index], v[:, :, index]  # query heads that begin inside a kv group: one kv head for each
-    given = {"window": problem.window, "softcap": problem.softcap}
+    share = place(problem).shares[group.rank]
+    sinks, slopes = (None if x is None else x[share.q_start : share.q_stop] for x in (call.sinks, call.slopes))
+    segment_ids, cu_seqlens, cu_seqlens_k = packing
+    if segment_ids is not None:
+        segment_ids = gather_sequence(segment_ids, group, lens=problem.lens)
+    given = {
+        "window": problem.window, "softcap": problem.softcap, "sinks": sinks, "alibi_slopes": slopes,
+        "segment_ids": segment_ids, "cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k,
+    }  # fmt: skip
     options = {name: value for name, value in given.items() if value is not None}
     try:
         out = attention(q, k, v, causal=problem.causal, scale=problem.scale, **options)

@@ -1,21 +1,24 @@
 """The arguments of the ops as one value, and the problem that they state.
 
 All ops take the same arguments in the same order; their schemas are made from `Call`. The raw projection output is
-passed as `q` with `k` and `v` None; `heads` and `kv_heads` then say how to split it.
+passed as `q` with `k` and `v` None; `heads` and `kv_heads` then say how to split it. Documents come as the tables that
+the kernels take (`packed`), a mask as the name of its predicate, the tensors it captured and the status of its blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 from torch import Tensor
 
-from .errors import DeviceError, DtypeError, ShapeError, UlyssesError
+from . import masks
+from .errors import DeviceError, DtypeError, OptionError, ShapeError, UlyssesError
 from .executor import Inputs
 from .group import UlyssesGroup, by_name
-from .kernels._views import Transform
+from .kernels._blocks import BLOCK
+from .kernels._views import Documents, Dropout, Predicate, Transform
 from .local import choose
 from .placement import place
 from .spec import Problem
@@ -31,6 +34,13 @@ class Call(NamedTuple):
     sin: Tensor | None
     q_norm: Tensor | None
     k_norm: Tensor | None
+    sinks: Tensor | None
+    slopes: Tensor | None
+    q_documents: Tensor | None
+    k_documents: Tensor | None
+    blocks: Tensor | None
+    seed: Tensor | None
+    captured: list[Tensor]
     group: str
     heads: int
     kv_heads: int
@@ -40,6 +50,9 @@ class Call(NamedTuple):
     scale: float
     window: list[int]
     softcap: float | None
+    dropout_p: float
+    dropout_seed: int | None
+    predicate: str
     rope_interleaved: bool
     rope_dim: int
     norm_eps: float
@@ -51,16 +64,28 @@ class Call(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return self[:7]
+        """All of them in one row, as autograd saves them."""
+        first: tuple[Any, ...] = self[:TENSORS]
+        return (*first, *self.captured)
+
+    @property
+    def numbers(self) -> tuple[Any, ...]:
+        return self[TENSORS + 1 :]
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor | None], numbers: Sequence[Any]) -> Call:
+        """The call with these `tensors` and `numbers`."""
+        return Call._make((*tensors[:TENSORS], list(tensors[TENSORS:]), *numbers))
 
     @property
     def fused(self) -> bool:
         return self.k is None
 
 
+TENSORS = list(Call._fields).index("captured")  # that come ahead of the captured ones
 _TYPES = {
-    Tensor | None: "Tensor?", str: "str", int: "SymInt", list[int]: "SymInt[]", bool: "bool", float: "float",
-    float | None: "float?",
+    Tensor | None: "Tensor?", list[Tensor]: "Tensor[]", str: "str", int: "SymInt", int | None: "SymInt?",
+    list[int]: "SymInt[]", bool: "bool", float: "float", float | None: "float?",
 }  # fmt: skip
 SCHEMA = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(Call).items())
 
@@ -108,6 +133,13 @@ def describe(group: UlyssesGroup, call: Call) -> tuple[Problem, Inputs]:
         scale=call.scale,
         window=(call.window[0], call.window[1]) if call.window else None,
         softcap=call.softcap,
+        documents=call.q_documents is not None,
+        sinks=call.sinks is not None,
+        slopes=call.slopes is not None,
+        dropout_p=call.dropout_p,
+        predicate=call.predicate,
+        captured=tuple(f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in call.captured),
+        blocks=() if call.blocks is None else tuple(call.blocks.shape),
         rope_dim=0 if transform is None else transform.rope_dim,
         rope_interleaved=call.rope_interleaved,
         q_norm=call.q_norm is not None,
@@ -119,21 +151,40 @@ def describe(group: UlyssesGroup, call: Call) -> tuple[Problem, Inputs]:
         grad=call.grad,
     )
     problem.check()
+    _check_masks(call, problem)
     place(problem)
     chosen = choose(problem).name
     problem = replace(problem, attention=chosen if call.attention != "callable" else "callable")
-    return problem, Inputs(q, k, v, transform)
+    tables = call.q_documents, call.k_documents
+    return problem, Inputs(
+        q,
+        k,
+        v,
+        transform,
+        sinks=call.sinks,
+        slopes=call.slopes,
+        documents=None if tables[0] is None or tables[1] is None else Documents(tables[0], tables[1]),
+        predicate=Predicate(masks.by_name(call.predicate), tuple(call.captured)) if call.predicate else None,
+        blocks=call.blocks,
+    )
 
 
 def agreed(what: str, call: Call) -> tuple[UlyssesGroup, Problem, Inputs]:
-    """The problem of a call that every rank of the group makes; raises on every rank when one cannot, or differs."""
+    """The problem of a call that every rank of the group makes; raises on every rank when one cannot, or differs.
+
+    A seed for dropout that was drawn, not given, is rank 0's.
+    """
     group = by_name(call.group)
     try:
         problem, inputs = describe(group, call)
     except UlyssesError as error:
         group.refuse(error)
         raise
-    group.agree(what, problem.signature)
+    given = "" if call.dropout_seed is None else f"; dropout_seed={call.dropout_seed}"
+    drawn = call.dropout_seed if call.seed is None else int(call.seed)
+    seed = group.agree(what, problem.signature + given, drawn or 0)
+    if problem.dropout_p:
+        inputs = inputs._replace(dropout=Dropout(problem.dropout_p, seed))
     return group, problem, inputs
 
 
@@ -152,16 +203,44 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _check_alike(call: Call, qkv: dict[str, Tensor]) -> None:
     q = qkv["q"]
-    others = {"rope cos": call.cos, "rope sin": call.sin, "q_norm": call.q_norm, "k_norm": call.k_norm}
-    for name, tensor in (qkv | others).items():
+    floats = {"rope cos": call.cos, "rope sin": call.sin, "q_norm": call.q_norm, "k_norm": call.k_norm}
+    floats |= {"sinks": call.sinks, "alibi_slopes": call.slopes}
+    others = {f"tensor {i} captured by the mask": tensor for i, tensor in enumerate(call.captured)}
+    given: dict[str, Tensor | None] = {**qkv, **floats, **others, "the block mask": call.blocks}
+    for name, tensor in given.items():
         if tensor is None:
             continue
         if name in qkv and tensor.dtype != q.dtype:
             raise DtypeError(f"q has dtype {q.dtype} and {name} has {tensor.dtype}; q, k and v must have one dtype")
-        if not tensor.dtype.is_floating_point:
+        if (name in qkv or name in floats) and not tensor.dtype.is_floating_point:
             raise DtypeError(f"{name} has dtype {tensor.dtype}; it must be a floating-point tensor")
         if tensor.device != q.device:
             raise DeviceError(f"q is on {q.device} and {name} on {tensor.device}; all must be on one device")
+
+
+def _check_masks(call: Call, problem: Problem) -> None:
+    for name, tensor in (("sinks", call.sinks), ("alibi_slopes", call.slopes)):
+        if tensor is not None and tensor.shape != (problem.heads,):
+            raise ShapeError(
+                f"{name} has shape {list(tensor.shape)}; expected one number for each query head of the model, "
+                f"[{problem.heads}], on every rank"
+            )
+    if call.q_documents is not None and call.k_documents is not None:
+        found = call.q_documents.shape, call.k_documents.shape
+        expected = (5, problem.batch, problem.seq), (5, problem.batch, problem.kv_seq)
+        if found != expected:
+            raise ShapeError(f"the documents are those of {list(found[0][1:])} tokens, q has {list(expected[0][1:])}")
+    if call.dropout_seed is not None and not 0 <= call.dropout_seed < 2**63:
+        raise OptionError(f"dropout_seed = {call.dropout_seed}; it must be at least 0 and below 2^63")
+    if call.blocks is not None:
+        batch, heads, *tiles = call.blocks.shape
+        counts = [-(-n // BLOCK) for n in (problem.seq, problem.kv_seq)]
+        if batch not in (1, problem.batch) or heads not in (1, problem.heads) or tiles != counts:
+            raise ShapeError(
+                f"the block mask is for a batch of {batch}, {heads} heads and {tiles} blocks of {BLOCK} tokens; this "
+                f"call has a batch of {problem.batch}, {problem.heads} heads, {problem.seq} queries and "
+                f"{problem.kv_seq} keys: {counts} blocks"
+            )
 
 
 def _transform(call: Call, q: Tensor) -> Transform | None:

@@ -16,7 +16,20 @@ from torch import Tensor
 from . import schedule
 from .exchange.base import Hop
 from .group import UlyssesGroup
-from .kernels._views import HeadMap, Options, ORows, QKVRows, Span, Transform
+from .kernels._blocks import combine, lists
+from .kernels._views import (
+    Blocks,
+    Documents,
+    Dropout,
+    HeadGrads,
+    HeadMap,
+    Options,
+    ORows,
+    Predicate,
+    QKVRows,
+    Span,
+    Transform,
+)
 from .local import choose
 from .placement import Field, Message, Placement, Row, Section, inbound, outbound, place, round_up
 from .spec import Problem
@@ -25,12 +38,33 @@ _ALIGN = 64  # bytes between the regions of a workspace
 
 
 class Inputs(NamedTuple):
-    """A call's tensors: q `[B, L, Hq, D]`, k `[B, Lk, Hkv, D]`, v `[B, Lk, Hkv, Dv]`, any strides, dense last dim."""
+    """A call's tensors: q `[B, L, Hq, D]`, k `[B, Lk, Hkv, D]`, v `[B, Lk, Hkv, Dv]`, any strides, dense last dim.
+
+    What follows is of the whole sequence and all heads, and equal on every rank.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     transform: Transform | None
+    sinks: Tensor | None = None  # [Hq]
+    slopes: Tensor | None = None  # [Hq]
+    documents: Documents | None = None
+    predicate: Predicate | None = None
+    blocks: Tensor | None = None  # status of a block mask
+    dropout: Dropout | None = None
+
+
+class SmallGrads(NamedTuple):
+    """This rank's shares of the gradients of what every rank is given whole; their sum over the ranks is the gradient.
+
+    None for what was not given or not asked for.
+    """
+
+    q_norm: Tensor | None = None  # [D]
+    k_norm: Tensor | None = None  # [D]
+    sinks: Tensor | None = None  # [Hq], zero for other ranks' heads
+    slopes: Tensor | None = None  # [Hq]
 
 
 class Workspace(NamedTuple):
@@ -84,15 +118,18 @@ def backward(
     out: Tensor | None,
     dout: Tensor,
     dlse: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of one layer into `grads` (tensors like the inputs), and those of both QK-norm weights.
+    slopes: bool = False,
+) -> SmallGrads:
+    """Gradients of one layer into `grads` (tensors like the inputs), and those of norm weights, sinks and slopes.
 
-    `inputs` matter only where they are raw (QK-norm) or exchanged again (`recompute`).
+    q, k and v of `inputs` matter only where they are raw (QK-norm) or exchanged again (`recompute`); `slopes` asks for
+    their gradient.
     """
     run = _Run(problem, group, inputs)
     run.saved, run.grads, run.out, run.dout, run.dlse = saved, grads, out, dout, dlse
+    run.head_grads = HeadGrads(run.per_head(inputs.sinks), run.per_head(inputs.slopes if slopes else None))
     run.all(schedule.backward(problem.recompute))
-    return run.norm_grads
+    return SmallGrads(*run.norm_grads, *map(run.of_all_heads, run.head_grads))
 
 
 def exchange_in(problem: Problem, group: UlyssesGroup, inputs: Inputs) -> list[Tensor]:
@@ -154,6 +191,7 @@ class _Run:
     dout: Tensor
     dlse: Tensor | None
     norm_grads: tuple[Tensor | None, Tensor | None]
+    head_grads: HeadGrads
 
     def __init__(self, problem: Problem, group: UlyssesGroup, inputs: Inputs) -> None:
         self.problem, self.group, self.inputs = problem, group, inputs
@@ -272,7 +310,7 @@ class _Run:
         dq = self._spans(blocks[0], sections[0], ("q",))
         dkv = self._spans(blocks[-1], sections[-1], ("k", "v"))
         lse = self._head_lse(self.saved)
-        self.local.attend_backward(*self._qkv(), views["o"], lse, extra, dq, dkv, self._options())
+        self.local.attend_backward(*self._qkv(), views["o"], lse, extra, dq, dkv, self._options(), self.head_grads)
 
     def _unpack_grad(self) -> None:
         transform = self.inputs.transform
@@ -337,9 +375,43 @@ class _Run:
     def _take(self, elements: int) -> Tensor:
         return self.group.pool.take((elements,), self.dtype, self.device)
 
+    def per_head(self, given: Tensor | None) -> Tensor | None:
+        """A copy of this rank's heads of what is given for all, in the precision of the statistics."""
+        mine = slice(self.share.q_start, self.share.q_stop)
+        return None if given is None else given[mine].to(self.stat_dtype, copy=True)
+
+    def of_all_heads(self, mine: Tensor | None) -> Tensor | None:
+        """`[Hq]` with zeros for the heads of other ranks."""
+        after = self.problem.heads - self.share.q_stop
+        return None if mine is None else torch.nn.functional.pad(mine, (self.share.q_start, after))
+
     def _options(self) -> Options:
-        p, heads = self.problem, HeadMap(self.placement.group, self.share.q_start)
-        return Options(p.scale, p.causal, heads, p.window, p.softcap)
+        p, given = self.problem, self.inputs
+        found = Options(
+            scale=p.scale,
+            causal=p.causal,
+            heads=HeadMap(self.placement.group, self.share.q_start),
+            window=p.window,
+            softcap=p.softcap,
+            documents=given.documents,
+            sinks=self.per_head(given.sinks),
+            slopes=self.per_head(given.slopes),
+            dropout=given.dropout,
+            predicate=given.predicate,
+        )
+        if given.blocks is None:
+            return found
+        tables = () if given.documents is None else given.documents
+        key = (self.share, p.bounds, p.seq, p.kv_seq)
+        return found._replace(blocks=self.group.memo.get((given.blocks, *tables), key, lambda: self._lists(found)))
+
+    def _lists(self, options: Options) -> Blocks:
+        """The tiles that a block mask and all other masks leave this rank's heads."""
+        status, share = self.inputs.blocks, self.share
+        assert status is not None
+        mine = status if status.size(1) == 1 else status[:, share.q_start : share.q_stop]
+        left = combine(mine, options, self.problem.seq, self.problem.kv_seq)
+        return lists(left, options.heads, share.q_heads, share.kv_heads)
 
     def _head_lse(self, saved: Tensor) -> Tensor:
         p = self.problem

@@ -30,10 +30,11 @@ from .exchange.pool import Pool
 from .exchange.torch_dist import GlooControl, TorchExchange
 from .exchange.virtual import VirtualMember, VirtualWorld
 from .local import Local
+from .memo import Memo
 from .placement import Placement
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
-_RECORD = struct.Struct("<q?8s")  # call number, refused, hash of the signature
+_RECORD = struct.Struct("<q?q8s")  # call number, refused, seed, hash of the signature
 _TEXT_BYTES = 4096  # of a signature or a refusal, where ranks differ
 _WORDS_SECONDS = 1.0  # how long a failing rank waits for its peers' last words
 
@@ -71,6 +72,7 @@ class UlyssesGroup:
         self.timeout = timeout
         self.counts: Counter[str] = Counter()  # "control" messages, and the "data" exchanges of each kind of step
         self.pool = Pool()
+        self.memo = Memo()  # what was made once per batch of tokens: documents, lists of blocks
         self.process_group = None if isinstance(group, VirtualMember) else process_group(group)
         self.devices = frozenset({"cpu", "cuda"})
         self.control: Control
@@ -116,6 +118,7 @@ class UlyssesGroup:
         self.exchange.close()
         self.control.close()
         self.pool.close()
+        self.memo.clear()
 
     def check(self) -> None:
         """Raise ExchangeError or GroupError if this group cannot be used any more, here or because a peer failed."""
@@ -147,8 +150,8 @@ class UlyssesGroup:
 
     # -- keeping the ranks together
 
-    def agree(self, what: str, signature: str) -> None:
-        """Before a call moves anything: that every rank makes the same one.
+    def agree(self, what: str, signature: str, seed: int = 0) -> int:
+        """Before a call moves anything: that every rank makes the same one. Returns rank 0's `seed`.
 
         Raises ShapeError on every rank when they differ, saying who differs in what; or, where a peer refused the call,
         that peer's error.
@@ -156,8 +159,7 @@ class UlyssesGroup:
         self._require_usable()
         self._calls += 1
         self._doing = f"call {self._calls} ({what})"
-        if self.size > 1:
-            self._compare(f"call={what}; {signature}", refused=None)
+        return self._compare(f"call={what}; {signature}", seed) if self.size > 1 else seed
 
     def refuse(self, error: UlyssesError) -> None:
         """Take part in the agreement on a call that this rank cannot make, so that every rank raises."""
@@ -193,8 +195,9 @@ class UlyssesGroup:
             raise
         self._doing = "between calls"
 
-    def _compare(self, text: str, refused: UlyssesError | None) -> None:
-        record = _RECORD.pack(self._calls, refused is not None, hashlib.blake2b(text.encode(), digest_size=8).digest())
+    def _compare(self, text: str, seed: int = 0, refused: UlyssesError | None = None) -> int:
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        record = _RECORD.pack(self._calls, refused is not None, seed, digest)
         with self.step("agreement"):
             texts: list[str] | None = None
             if self._check_all:
@@ -204,15 +207,15 @@ class UlyssesGroup:
                 heads, texts = [head for head, _ in records], [_unpadded(tail) for _, tail in records]
             else:
                 heads = self._gather(record)
-            calls, refusals, hashes = zip(*map(_RECORD.unpack, heads), strict=True)
+            calls, refusals, seeds, hashes = zip(*map(_RECORD.unpack, heads), strict=True)
             if len(set(hashes)) == len(set(calls)) == 1 and not any(refusals):
-                return
+                return int(seeds[0])
             if texts is None:
                 texts = [_unpadded(blob) for blob in self._gather(_padded(text))]
         self._calls = max(calls)  # ranks that skipped a call are level again
         self._doing = "between calls"
         if refused is not None:
-            return
+            return seed
         if any(refusals):
             rank = refusals.index(True)
             name, _, message = texts[rank].partition("\n")

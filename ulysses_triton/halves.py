@@ -16,7 +16,7 @@ from . import executor
 from .call import SCHEMA, Call, agreed, describe
 from .executor import Inputs
 from .group import by_name
-from .op import QKV, like_inputs, weight_grads
+from .op import QKV, grads_of, like_inputs, small_grads
 from .placement import place
 from .spec import Problem
 
@@ -57,7 +57,7 @@ def exchange_in_backward(rows: Tensor, kv_rows: Tensor, *arguments: Any) -> tupl
     grads, views = _grads(problem, inputs, call, group.pool.take)
     with group.call():
         norms = executor.exchange_in_backward(problem, group, inputs, Inputs(*views, None), [rows, kv_rows])
-    return (*grads, *weight_grads(inputs.q, norms, (call.q_norm, call.k_norm)))
+    return (*grads, *small_grads(inputs.q, norms, (call.q_norm, call.k_norm)))
 
 
 @exchange_in_backward.register_fake
@@ -65,7 +65,7 @@ def _(rows: Tensor, kv_rows: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     call = Call(*arguments)
     problem, inputs = describe(by_name(call.group), call)
     grads, _ = _grads(problem, inputs, call, torch.empty)
-    return (*grads, *weight_grads(inputs.q, (call.q_norm, call.k_norm), (call.q_norm, call.k_norm)))
+    return (*grads, *small_grads(inputs.q, (call.q_norm, call.k_norm), (call.q_norm, call.k_norm)))
 
 
 def _grads(problem: Problem, inputs: Inputs, call: Call, empty: Callable[..., Tensor]) -> tuple[QKV, QKV]:
@@ -74,16 +74,16 @@ def _grads(problem: Problem, inputs: Inputs, call: Call, empty: Callable[..., Te
 
 
 def _setup_in(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:7])
-    ctx.numbers = inputs[7:]
+    call = Call(*inputs)
+    ctx.save_for_backward(*call.tensors)
+    ctx.numbers = call.numbers
 
 
 def _backward_in(ctx: Any, rows: Tensor, kv_rows: Tensor) -> tuple[Any, ...]:
-    call = Call(*ctx.saved_tensors, *ctx.numbers)
-    found = exchange_in_backward(rows, kv_rows, *call)
-    given = (call.q, call.k, call.v, call.q_norm, call.k_norm)
-    dq, dk, dv, dq_norm, dk_norm = (g if t is not None else None for g, t in zip(found, given, strict=True))
-    return (dq, dk, dv, None, None, dq_norm, dk_norm, *[None] * len(ctx.numbers))
+    call = Call.of(ctx.saved_tensors, ctx.numbers)
+    grads = exchange_in_backward(rows, kv_rows, *call)
+    found = zip(("q", "k", "v", "q_norm", "k_norm"), grads, strict=True)
+    return grads_of(call, {name: grad for name, grad in found if getattr(call, name) is not None})
 
 
 exchange_in.register_autograd(_backward_in, setup_context=_setup_in)

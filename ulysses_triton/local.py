@@ -72,8 +72,13 @@ def _aten_obstacle(problem: Problem) -> str | None:
         return "float64 goes through the reference"
     if problem.head_dim != problem.value_dim:
         return f"q and k have head dim {problem.head_dim} and v has {problem.value_dim}"
-    if problem.window is not None or problem.softcap is not None:
-        return "it has neither windows nor softcap"
+    options = {
+        "window": problem.window, "softcap": problem.softcap, "documents": problem.documents, "sinks": problem.sinks,
+        "alibi_slopes": problem.slopes, "dropout": problem.dropout_p, "mask": problem.predicate,
+    }  # fmt: skip
+    found = [name for name, value in options.items() if value]
+    if found:
+        return f"it does not know {', '.join(found)}"
     if problem.return_lse:
         return "its backward takes no gradient for the LSE"
     if problem.seq == 0 or problem.kv_seq == 0:

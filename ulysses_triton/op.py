@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import executor
 from .call import SCHEMA, Call, agreed, describe, split_qkv
-from .executor import Inputs
+from .executor import Inputs, SmallGrads
 from .group import by_name
 from .local import choose
 
@@ -52,7 +52,8 @@ def _(*arguments: Any) -> QKV:
     "ulysses_triton::attention_backward",
     mutates_args=(),
     schema=f"(Tensor dout, Tensor? dlse, Tensor? out, Tensor workspace, bool fused, SymInt head_dim, SymInt kv_tokens, "
-    f"{SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dq_norm, Tensor dk_norm)",
+    f"bool of_slopes, {SCHEMA}) -> "
+    "(Tensor dq, Tensor dk, Tensor dv, Tensor dq_norm, Tensor dk_norm, Tensor dsinks, Tensor dslopes)",
 )
 def attention_backward(
     dout: Tensor,
@@ -62,37 +63,45 @@ def attention_backward(
     fused: bool,
     head_dim: int,
     kv_tokens: int,
+    of_slopes: bool,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    """-> (dq, dk, dv, dq_norm, dk_norm); the gradient of a fused qkv is dq, and what has no gradient is empty."""
+    """-> (dq, dk, dv, dq_norm, dk_norm, dsinks, dslopes).
+
+    The gradient of a fused qkv is dq, that of slopes is made if `of_slopes`, and what has no gradient is empty.
+    """
     call = Call(*arguments)
     grads, views = like_inputs(dout, fused, call.kv_heads, head_dim, kv_tokens, by_name(call.group).pool.take)
     if call.q is None:  # not saved, as not needed: only the shapes are
         call = call._replace(q=grads[0]) if fused else call._replace(q=views[0], k=views[1], v=views[2])
     group, problem, inputs = agreed("attention backward", call)
     with group.call():
-        norms = executor.backward(problem, group, inputs, Inputs(*views, None), workspace, out, dout, dlse)
-    return (*grads, *weight_grads(dout, norms, (call.q_norm, call.k_norm)))
+        small = executor.backward(problem, group, inputs, Inputs(*views, None), workspace, out, dout, dlse, of_slopes)
+    return (*grads, *small_grads(dout, small, _whole(call)))
 
 
 @attention_backward.register_fake
 def _(
-    dout: Tensor, dlse: Any, out: Any, workspace: Any, fused: bool, head_dim: int, kv_tokens: int, *arguments: Any
-) -> tuple[Tensor, ...]:
+    dout: Tensor, dlse: Any, out: Any, workspace: Any, fused: bool, head_dim: int, kv_tokens: int, of_slopes: bool,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     call = Call(*arguments)
     grads, _ = like_inputs(dout, fused, call.kv_heads, head_dim, kv_tokens, torch.empty)
-    return (*grads, *weight_grads(dout, (call.q_norm, call.k_norm), (call.q_norm, call.k_norm)))
+    made = _whole(call if of_slopes else call._replace(slopes=None))
+    return (*grads, *small_grads(dout, made, _whole(call)))
 
 
-def weight_grads(
-    like: Tensor, grads: Sequence[Tensor | None], weights: Sequence[Tensor | None]
-) -> tuple[Tensor, Tensor]:
-    """The gradients of both norm weights as an op returns them: in the weight's dtype, empty where there is none."""
-    q_grad, k_grad = (
-        like.new_empty(0) if grad is None or weight is None else grad.to(weight.dtype, copy=grad is weight)
-        for grad, weight in zip(grads, weights, strict=True)
+def _whole(call: Call) -> SmallGrads:
+    """What every rank was given whole, in the order of its gradients."""
+    return SmallGrads(call.q_norm, call.k_norm, call.sinks, call.slopes)
+
+
+def small_grads(like: Tensor, grads: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """The gradients of what is given whole, as an op returns them: in its dtype, empty where there is none."""
+    return tuple(
+        like.new_empty(0) if grad is None or whole is None else grad.to(whole.dtype, copy=grad is whole)
+        for grad, whole in zip(grads, given, strict=True)
     )
-    return q_grad, k_grad
 
 
 def like_inputs(
@@ -124,7 +133,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: QKV) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(workspace)
     problem, parts = describe(by_name(call.group), call)
-    ctx.numbers = call._replace(kv_heads=problem.kv_heads, attention=problem.attention)[7:]
+    ctx.numbers = call._replace(kv_heads=problem.kv_heads, attention=problem.attention).numbers
     ctx.shape = (call.fused, problem.head_dim, parts.k.size(1))
     ctx.out = (out.shape, out.dtype, out.device)
     raw = call.recompute or problem.q_norm or problem.k_norm
@@ -137,19 +146,23 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: QKV) -> None:
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Any, ...]:
     out, workspace, *tensors = ctx.saved_tensors
+    of_slopes = bool(ctx.needs_input_grad[Call._fields.index("slopes")])
     if dout is None:
         shape, dtype, device = ctx.out
         dout = torch.zeros(shape, dtype=dtype, device=device)
-    call = Call(*tensors, *ctx.numbers)
+    call = Call.of(tensors, ctx.numbers)
     dlse = dlse if call.return_lse else None
-    dq, dk, dv, dq_norm, dk_norm = attention_backward(dout, dlse, out, workspace, *ctx.shape, *call)
+    grads = attention_backward(dout, dlse, out, workspace, *ctx.shape, of_slopes, *call)
+    found = dict(zip(("q", "k", "v", "q_norm", "k_norm", "sinks", "slopes"), grads, strict=True))
     fused = ctx.shape[0]
-    return (
-        *(dq, None if fused else dk, None if fused else dv),
-        *(None, None),
-        *(None if weight is None else grad for weight, grad in ((call.q_norm, dq_norm), (call.k_norm, dk_norm))),
-        *[None] * len(ctx.numbers),
-    )
+    absent = {"k": fused, "v": fused, "slopes": not of_slopes}
+    return grads_of(call, {n: g for n, g in found.items() if not absent.get(n, getattr(call, n) is None and n != "q")})
+
+
+def grads_of(call: Call, found: dict[str, Tensor]) -> tuple[Any, ...]:
+    """A gradient for every argument of an op, in order: those `found`, by name, and None for all others."""
+    given = call._asdict().items()
+    return tuple([None] * len(value) if isinstance(value, list) else found.get(name) for name, value in given)
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)

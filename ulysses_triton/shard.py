@@ -72,20 +72,24 @@ def gather_sequence(x: Tensor, group: Groupish = None, dim: int = 1, lens: Seque
     return _Gather.apply(x.movedim(dim, 0), own.name, lengths).movedim(0, dim)
 
 
+def gathered(group: UlyssesGroup, what: str, x: Tensor, lens: Sequence[int]) -> Tensor:
+    """All ranks' `x` [L, ...] as one, by one exchange that they agree on as `what`; without a gradient."""
+    each = math.prod(x.shape[1:])
+    group.agree(what, _signature(x, lens))
+    whole = x.new_empty((sum(lens), *x.shape[1:]))
+    mine, at = lens[group.rank] * each, sum(lens[: group.rank]) * each
+    message = Message((mine,) * group.size, tuple(n * each for n in lens), (at,) * group.size)
+    _exchange(group, what, message, whole.view(-1), [x.contiguous().view(-1)] * group.size)
+    return whole
+
+
 class _Gather(torch.autograd.Function):
     """Gather along dim 0; backward is a reduce-scatter by one exchange and a sum in rank order."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, name: str, lens: tuple[int, ...]) -> Tensor:
         ctx.name, ctx.lens = name, lens
-        group = by_name(name)
-        each = math.prod(x.shape[1:])
-        group.agree("gather_sequence", _signature(x, lens))
-        whole = x.new_empty((sum(lens), *x.shape[1:]))
-        mine, at = lens[group.rank] * each, sum(lens[: group.rank]) * each
-        message = Message((mine,) * group.size, tuple(n * each for n in lens), (at,) * group.size)
-        _exchange(group, "gather_sequence", message, whole.view(-1), [x.contiguous().view(-1)] * group.size)
-        return whole
+        return gathered(by_name(name), "gather_sequence", x, lens)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -106,8 +110,8 @@ class _Gather(torch.autograd.Function):
         return total.view(lens[group.rank], *grad.shape[1:]), None, None
 
 
-def _signature(x: Tensor, lens: tuple[int, ...]) -> str:
-    return f"lens={lens}; shape of a token={tuple(x.shape[1:])}; dtype={x.dtype}"
+def _signature(x: Tensor, lens: Sequence[int]) -> str:
+    return f"lens={tuple(lens)}; shape of a token={tuple(x.shape[1:])}; dtype={x.dtype}"
 
 
 def _exchange(group: UlyssesGroup, name: str, message: Message, receive: Tensor, parts: Sequence[Tensor]) -> None:

@@ -35,6 +35,13 @@ class Problem:
     scale: float
     window: tuple[int, int] | None = None
     softcap: float | None = None
+    documents: bool = False
+    sinks: bool = False
+    slopes: bool = False
+    dropout_p: float = 0.0
+    predicate: str = ""  # a registered name
+    captured: tuple[str, ...] = ()  # dtype and shape of each tensor
+    blocks: tuple[int, ...] = ()  # shape of a block mask
     rope_dim: int = 0
     rope_interleaved: bool = False
     q_norm: bool = False
@@ -61,6 +68,12 @@ class Problem:
     def cross(self) -> bool:
         """Whether keys have their own lengths, so that q travels apart from k and v."""
         return self.kv_lens != self.lens
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """(left, right) of the window and the causal mask together, -1 for no bound."""
+        left, right = self.window or (-1, -1)
+        return left, 0 if self.causal else right
 
     @property
     def item_size(self) -> int:
@@ -115,6 +128,8 @@ class Problem:
             raise OptionError(f"window = {self.window}; (left, right) count tokens from 0, or are -1 for no bound")
         if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise OptionError(f"softcap = {self.softcap}; it must be a finite number above 0, or None")
+        if not 0 <= self.dropout_p < 1:
+            raise OptionError(f"dropout_p = {self.dropout_p}; it must be at least 0 and below 1")
         if self.rope_dim % 2 or not 0 <= self.rope_dim <= self.head_dim:
             raise OptionError(
                 f"rope_dim = {self.rope_dim}; it must be even and at most the head dim, which is {self.head_dim}"
