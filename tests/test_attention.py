@@ -37,10 +37,23 @@ def callable_case(case: Case) -> Case:
     return replace(case, attention=sdpa, recompute=None, return_lse=False)
 
 
-def sdpa(q, k, v, *, causal, scale, **options):
-    """A user's attention: [B, S, h, D] in and out. PyTorch's own has neither window nor softcap, so the oracle does."""
-    if options:
-        return oracle.attention(q.float(), k.float(), v.float(), causal=causal, scale=scale, **options)[0].to(q.dtype)
+def sdpa(
+    q, k, v, *, causal, scale, window=None, softcap=None, segment_ids=None, cu_seqlens=None, sinks=None,
+    alibi_slopes=None,
+):  # fmt: skip
+    """A user's attention, [B, S, h, D] in and out: PyTorch's own, or the oracle for what that does not have."""
+    if cu_seqlens is not None:
+        segment_ids = torch.arange(len(cu_seqlens) - 1).repeat_interleave(torch.tensor(cu_seqlens).diff())[None]
+    ids = None if segment_ids is None else (segment_ids, segment_ids)
+    kept = oracle.allowed(q.size(1), k.size(1), causal=causal, window=window, documents=ids).unsqueeze(-3)
+    if any(x is not None for x in (window, softcap, ids, sinks, alibi_slopes)):
+        bias = None
+        if alibi_slopes is not None:
+            bias = -alibi_slopes[:, None, None] * oracle.distances(q.size(1), k.size(1), ids).unsqueeze(1)
+        out, _ = oracle.attention(
+            q.float(), k.float(), v.float(), kept=kept, scale=scale, softcap=softcap, sinks=sinks, bias=bias
+        )
+        return out.to(q.dtype)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
     return out.transpose(1, 2)
@@ -103,11 +116,21 @@ def test_fused_forward_is_the_same_bits_for_every_number_of_ranks(attention):
             torch.testing.assert_close(one[name], many[name], rtol=8e-3, atol=1e-2)  # bf16 shares, rounded per rank
 
 
-@pytest.mark.parametrize("options", [{"window": (9, 0)}, {"window": (3, 14), "softcap": 2.0}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": (9, 0)},
+        {"window": (3, 14), "softcap": 2.0},
+        {"dropout": 0.3, "sinks": True, "slopes": True},
+        {"documents": "runs", "mask": "strided", "causal": True},
+        {"mask": "ahead blocks", "dropout": 0.1},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("attention", ["triton", "reference"])
-def test_a_window_and_a_softcap_are_the_same_bits_for_every_number_of_ranks(pool, attention, options):
+def test_options_are_the_same_bits_for_every_number_of_ranks(pool, attention, options):
     """Shards of the window's own length and shorter, on both exchanges."""
-    case = Case((45,), 4, 4, dtype="bf16", attention=attention, causal=False, return_lse=True, **options)
+    case = Case((45,), 4, 4, dtype="bf16", attention=attention, **{"causal": False, "return_lse": True} | options)
     one = joined(case, virtually(case))
     for many in (case.on(2), case.on(4), replace(case, lens=(1, 40, 0, 4))):
         for results in (virtually(many), pool.run(many.ranks, on_process, many)):

@@ -15,7 +15,7 @@ from torch import Tensor
 from .errors import OptionError
 from .kernels import reference
 from .kernels._config import INTERPRET
-from .kernels._views import HeadMap, Options, Span
+from .kernels._views import HeadGrads, HeadMap, Options, Span
 from .kernels.attend_backward import attend_backward
 from .kernels.attend_forward import attend_forward
 from .kernels.pack import pack, pack_grad
@@ -130,8 +130,9 @@ def _aten_backward(
     dq: Sequence[Span],
     dkv: Sequence[Span],
     options: Options,
+    _: HeadGrads,
 ) -> None:
-    """As the kernels' `attend_backward`, but with O in head layout in place of delta."""
+    """As the kernels' `attend_backward`, but with O in head layout in place of delta; it has neither sinks nor slopes."""
     for mine, theirs in _parts(q.size(2), k.size(2), options.heads):
         grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             _bhsd(do[:, :, mine]),

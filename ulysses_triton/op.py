@@ -160,9 +160,12 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tu
 
 
 def grads_of(call: Call, found: dict[str, Tensor]) -> tuple[Any, ...]:
-    """A gradient for every argument of an op, in order: those `found`, by name, and None for all others."""
-    given = call._asdict().items()
-    return tuple([None] * len(value) if isinstance(value, list) else found.get(name) for name, value in given)
+    """A gradient for every argument of an op, in order: those `found`, by name, and None for all others.
+
+    PyTorch expects a list for a list of tensors, for which it also takes an empty list of numbers.
+    """
+    lists = {name: [None] * len(x) for name, x in call._asdict().items() if x == [] or name == "captured"}
+    return tuple(lists.get(name, found.get(name)) for name in Call._fields)
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)
