@@ -238,7 +238,7 @@ def cases(draw: st.DrawFn, ranks: int, attentions: tuple[str, ...], max_tokens: 
     per_rank = draw(st.integers(1, 3))
     heads = ranks * per_rank
     kv_heads = draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0]))
-    dim = draw(st.sampled_from([8, 16, 24, 40, 64]))
+    dim = draw(st.sampled_from([1, 3, 8, 16, 24, 33, 40, 50, 64, 100]))
     even = draw(st.booleans())
     if even:
         lens = (draw(st.integers(1, max_tokens)),) * ranks
@@ -256,7 +256,7 @@ def cases(draw: st.DrawFn, ranks: int, attentions: tuple[str, ...], max_tokens: 
         heads=heads,
         kv_heads=kv_heads,
         dim=dim,
-        value_dim=dim if fused or attention == "aten" else draw(st.sampled_from([dim, 8, 32])),
+        value_dim=dim if fused or attention == "aten" else draw(st.sampled_from([dim, 8, 17, 32])),
         batch=draw(st.integers(1, 2)),
         dtype=draw(st.sampled_from(dtypes)),
         causal=draw(st.booleans()),

@@ -42,7 +42,7 @@ def ulysses_attention(
     Args:
         q: `[B, L, Hq, D]`, this rank's L tokens; any strides with a dense last dim; fp32, bf16, fp16, or fp64 on a CPU.
         k: `[B, Lk, Hkv, D]`; Hkv divides Hq, query head h attends to kv head `h // (Hq / Hkv)`.
-        v: `[B, Lk, Hkv, Dv]`. D and Dv are multiples of 8, at most 256.
+        v: `[B, Lk, Hkv, Dv]`. D and Dv are at most 256.
         group: a `ProcessGroup`, a 1-D `DeviceMesh`, a `UlyssesGroup`, or None for the default group (one rank, plain
             attention, when `torch.distributed` is not initialised). With data-parallel ranks in the job pass the
             sequence-parallel group: with None all ranks would share one sequence. Its size must divide Hq.

@@ -144,6 +144,11 @@ def views_of_rows(problem: Problem, rank: int, received: Sequence[Tensor]) -> tu
     return views["q"], views["k"], views["v"]
 
 
+def o_of_rows(problem: Problem, rank: int, rows: Tensor) -> Tensor:
+    """O (or its gradient) `[S, B, hq, Dv]` of a rank's heads, in rows `[S, B, row]` in head layout."""
+    return _view(rows, problem.seq, problem.batch, place(problem).out[0].rows[rank], torch.float32)["o"]
+
+
 class _Run:
     """One pass over a schedule: what the steps hand to each other."""
 
@@ -400,7 +405,8 @@ def _view(flat: Tensor, tokens: int, batch: int, row: Row, stat_dtype: torch.dty
 
 
 def _field(rows: Tensor, field: Field, stat_dtype: torch.dtype) -> Tensor:
-    part = rows[:, :, field.offset : field.offset + field.heads * field.dim * field.width]
+    part = rows[:, :, field.offset : field.offset + field.size]
     if field.width > 1:
         part = part.view(stat_dtype)
-    return part.unflatten(-1, (field.heads, field.dim))
+    heads = part.unflatten(-1, (field.heads, field.stride))
+    return heads if field.dim == field.stride else heads[..., : field.dim]  # autograd copies for a slice of all
