@@ -107,12 +107,14 @@ def truth(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     if dtype != torch.float64:
         repeat = case.heads // case.kv_heads
         parts = [q, k.repeat_interleave(repeat, 2), leaves["v"].repeat_interleave(repeat, 2)]
+        width = max(case.dim, case.value_dim)  # of equal head dims: with others PyTorch takes them to fp32 in between
+        parts = [torch.nn.functional.pad(t, (0, width - t.size(-1))) for t in parts]
         mask: dict[str, Any] = {"is_causal": case.causal}
         if case.window:
             mask = {"attn_mask": oracle.allowed(q.size(1), k.size(1), causal=case.causal, window=case.window)}
         out = torch.nn.functional.scaled_dot_product_attention(
-            *(t.transpose(1, 2) for t in parts), **mask, scale=case.scale
-        ).transpose(1, 2)
+            *(t.transpose(1, 2) for t in parts), **mask, scale=case.dim**-0.5 if case.scale is None else case.scale
+        ).transpose(1, 2)[..., : case.value_dim]
     total = (out * inputs["dout"]).sum()
     if case.return_lse:
         total = total + (lse * inputs["dlse"]).sum()

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 # Run where TRITON_INTERPRET is unset, which cannot be undone in this process. The widest heads are those that may not
-# fit; D = 72 has padded channels behind a mask, and strides that are multiples of 8 but not of 16 elements; of D = 100 the
-# mask ends inside a vector of 16 bytes.
+# fit; D = 72 has padded channels behind a mask, and strides that are multiples of 8 but not of 16 elements; with
+# D = 100 the mask ends inside a vector of 16 bytes.
 COMPILE = """
 import json, sys
 import torch

@@ -345,9 +345,9 @@ def test_results_do_not_depend_on_where_they_lie(launchers, dims: tuple[int, int
 
 @given(
     S=st.integers(1, 80), Sk=st.integers(1, 80), hq=st.integers(1, 4), group=st.integers(1, 4),
-    offset=st.integers(0, 3), D=st.sampled_from([1, 8, 24, 50, 64]), Dv=st.sampled_from([3, 8, 32]), causal=st.booleans(),
-    window=st.none() | st.tuples(st.integers(-1, 90), st.integers(-1, 90)), softcap=st.sampled_from([None, 1.0, 20.0]),
-    aligned=st.booleans(), data=st.data(),
+    offset=st.integers(0, 3), D=st.sampled_from([1, 8, 24, 50, 64]), Dv=st.sampled_from([3, 8, 32]),
+    causal=st.booleans(), window=st.none() | st.tuples(st.integers(-1, 90), st.integers(-1, 90)),
+    softcap=st.sampled_from([None, 1.0, 20.0]), aligned=st.booleans(), data=st.data(),
 )  # fmt: skip
 def test_drawn_cases(S, Sk, hq, group, offset, D, Dv, causal, window, softcap, aligned, data) -> None:
     cuts = data.draw(st.lists(st.integers(0, S), max_size=3).map(sorted).map(tuple), "cuts")

@@ -289,9 +289,7 @@ def test_pack_takes_keys_of_another_length(impl: ModuleType) -> None:
 @layouts
 @dims
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_pack_grad_sends_gradient_and_delta(
-    impl: ModuleType, layout: Layout, shape: Shape, dtype: torch.dtype
-) -> None:
+def test_pack_grad_sends_gradient_and_delta(impl: ModuleType, layout: Layout, shape: Shape, dtype: torch.dtype) -> None:
     rows = o_rows(layout, shape, dtype, torch.float32)
     do, o = (torch.randn(shape.B, layout.Hq, shape.L, shape.Dv).to(dtype).transpose(1, 2) for _ in range(2))
     dlse = torch.randn(shape.B, layout.Hq, shape.L).transpose(1, 2)

@@ -102,7 +102,7 @@ def exchange_in(problem: Problem, group: UlyssesGroup, inputs: Inputs) -> list[T
     run.all(schedule.IN)
     sections, rank = run.placement.qkv, group.rank
     received = zip(run.received["exchange_in"], sections, strict=True)
-    return [rows.view(sum(s.lens), problem.batch, s.rows[rank].width) for rows, s in received]
+    return [_tidied(rows, sum(s.lens), problem.batch, s.rows[rank]) for rows, s in received]
 
 
 def exchange_in_backward(
@@ -402,6 +402,17 @@ def _view(flat: Tensor, tokens: int, batch: int, row: Row, stat_dtype: torch.dty
     """The fields of rows as `[tokens, batch, heads, dim]`; wide ones as fp32 over the bits of the row."""
     rows = flat.reshape(tokens, batch, row.width)
     return {field.name: _field(rows, field, stat_dtype) for field in row.fields}
+
+
+def _tidied(flat: Tensor, tokens: int, batch: int, row: Row) -> Tensor:
+    """Rows as `[tokens, batch, row]`, with zeros where nobody wrote: the results of an op say the same every time."""
+    rows = flat.view(tokens, batch, row.width)
+    stop = 0
+    for field in row.fields:
+        stop = field.offset + field.size
+        rows[..., field.offset : stop].unflatten(-1, (field.heads, field.stride))[..., field.dim :].zero_()
+    rows[..., stop:].zero_()
+    return rows
 
 
 def _field(rows: Tensor, field: Field, stat_dtype: torch.dtype) -> Tensor:
