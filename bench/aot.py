@@ -179,7 +179,9 @@ def attention_case(
     options = Options(D**-0.5, causal, HeadMap(hq // hkv, 0), window, softcap)
 
     def packed(heads: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(S, 1, heads * dim + padding, dtype=dtype)[..., : heads * dim].unflatten(-1, (heads, dim))
+        each = (dim + 7) // 8 * 8  # as heads lie in the rows of a group
+        rows = torch.empty(S, 1, heads * each + padding, dtype=dtype)
+        return rows[..., : heads * each].unflatten(-1, (heads, each))[..., :dim]
 
     q, k, v, o = packed(hq, D, dtype), packed(hkv, D, dtype), packed(hkv, Dv, dtype), packed(hq, Dv, dtype)
     sum_dtype = torch.float32 if partial else dtype

@@ -2,7 +2,9 @@
 
 Every view is `[tokens, B, heads, dim]` with a dense last dimension. Strides arrive divided by UNIT, which is 8 when all
 of them are multiples of 8 elements and all pointers of 16 bytes, so that the compiler sees the factor 8 (16-byte
-vectors) whatever the values are; otherwise UNIT is 1 and accesses are narrow but right.
+vectors) whatever the values are; otherwise UNIT is 1 and accesses are narrow but right. Channels past D are masked, and
+the mask bounds the vectors of the whole tile: in bf16 they are of 8 bytes where D is a multiple of 4 only, of 4 bytes
+for other even D, and of 2 for odd ones.
 
 Results go to `spans`, which cover the tokens in order: one span is one buffer, P spans are the buffers of P peers. The
 kernels get them as an int64 table with the columns
@@ -91,7 +93,7 @@ def store_rows(
 
 def block(dim: int) -> int:
     """The tile's width for heads of `dim` channels: a power of two, and at least the 16 that `tl.dot` asks for."""
-    assert dim % 8 == 0 and 0 < dim <= 256, dim
+    assert 0 < dim <= 256, dim
     return max(16, triton.next_power_of_2(dim))
 
 

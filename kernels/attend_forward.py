@@ -104,7 +104,7 @@ def attend_forward_kernel(
     seed_low, seed_high, threshold, keep_scale, qk_scale, cap_scale,
     HAS: tl.constexpr, PREDICATE: tl.constexpr, IS_NEGATIVE: tl.constexpr, HAS_SINKS: tl.constexpr,
     HAS_LSE: tl.constexpr, HAS_SPAN_LSE: tl.constexpr,
-    OUT_DTYPE: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    OUT_DTYPE: tl.constexpr, UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     i_tile, i_bh = place(tl.program_id(0), tl.cdiv(S, BLOCK_M), B * hq, section, HAS.causal)
@@ -155,7 +155,7 @@ def attend_forward_kernel(
         tl.store(lse_ptr + (i_h.to(tl.int64) * B + i_b) * S + o_m, b_lse, mask=o_m < S)
     first, last = span_range(table_ptr, n_spans, i_m, tl.minimum(i_m + BLOCK_M, S))
     for i_span in range(first, last):
-        store_rows(table_ptr, i_span, i_b, i_h, o_m, b_o, stride_on, stride_oh, 0, UNIT, DV, BLOCK_DV)
+        store_rows(table_ptr, i_span, i_b, i_h, o_m, b_o, stride_on, stride_oh, 0, OUT_UNIT, DV, BLOCK_DV)
         if HAS_SPAN_LSE:
             row, inside = span_rows(table_ptr, i_span, o_m)
             stat_ptr = tl.load(table_ptr + i_span * 6 + 2).to(tl.pointer_type(tl.float32))
@@ -169,8 +169,7 @@ def attend_forward(
     """Attend over the whole sequence for some heads, writing the output where it travels from.
 
     Args:
-        q: `[S, B, hq, D]`, any strides with a dense last dimension; fp32, bf16 or fp16. D and Dv: multiples of 8 up to
-            256.
+        q: `[S, B, hq, D]`, any strides with a dense last dimension; fp32, bf16 or fp16. D and Dv: up to 256.
         k: `[Sk, B, hkv, D]`.
         v: `[Sk, B, hkv, Dv]`.
         out: spans of `(o [n, B, hq, Dv], lse [n, B, hq] fp32 or None)` that cover the tokens 0..S-1 in order; token and
@@ -184,7 +183,7 @@ def attend_forward(
         return
     o, stat = views_of(spans, 0), spans[0].views[1]
     assert lse is None or lse.is_contiguous()
-    u = unit(q, k, v, *o)
+    u, out_unit = unit(q, k, v), unit(*o)  # o may lie in a user's tensor, whose heads are not padded
     given = arguments(options._replace(scale=abs(options.scale)), S, Sk)  # of -q where it is negative
     given["qk_scale"] = max(given["qk_scale"], 1e-30)  # not 0: masked scores are -inf
     tiles = _config.tiles("attend_forward", q, max(D, Dv))
@@ -195,12 +194,12 @@ def attend_forward(
         q_ptr=q,
         k_ptr=k,
         v_ptr=v,
-        table_ptr=span_table(spans, (u, 1), q.device),
+        table_ptr=span_table(spans, (out_unit, 1), q.device),
         lse_ptr=lse,
         **named("q", in_units(q, u)),
         **named("k", in_units(k, u)),
         **named("v", in_units(v, u)),
-        **named("o", shared_strides(spans, 0, u)),
+        **named("o", shared_strides(spans, 0, out_unit)),
         **named("l", (0, 0) if stat is None else shared_strides(spans, 1, 1)),
         B=B,
         S=S,
@@ -216,6 +215,7 @@ def attend_forward(
         HAS_SPAN_LSE=stat is not None,
         OUT_DTYPE=DTYPES[o[0].dtype],
         UNIT=u,
+        OUT_UNIT=out_unit,
         D=D,
         DV=Dv,
         BLOCK_D=block(D),

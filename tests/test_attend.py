@@ -147,11 +147,11 @@ class Memory:
 
     def rows(self, n: int, B: int, heads: int, dim: int, dtype: torch.dtype, *, batch_gap: int = 0) -> Tensor:
         """A view `[n, B, heads, dim]`; of its strides, only the batch's depends on `batch_gap`, and none on n."""
-        first, gap = (16, 16) if self.aligned else (3, 5)
-        row = heads * dim + gap
+        first, gap, each = (16, 16, (dim + 7) // 8 * 8) if self.aligned else (3, 5, dim)
+        row = heads * each + gap
         token = B * (row + 64) + gap
         buffer = torch.full((first + n * token + gap,), math.nan, dtype=dtype)
-        view = buffer.as_strided((n, B, heads, dim), (token, row + batch_gap, dim, 1), first)
+        view = buffer.as_strided((n, B, heads, dim), (token, row + batch_gap, each, 1), first)
         self.views.append((buffer, view))
         return view
 
@@ -306,6 +306,11 @@ CASES = {
     "more group than heads": Case(S=40, Sk=40, hq=2, group=8, offset=5),
     "D 8": Case(D=8, Dv=8),
     "D 40 Dv 24": Case(D=40, Dv=24),
+    "D 1 Dv 3": Case(D=1, Dv=3, group=2, scale=2.0),
+    "D 33 Dv 17": Case(D=33, Dv=17, B=2, S=40, Sk=40, cuts=(10,), key_cuts=(20,)),
+    "D 65 Dv 17 dense": Case(S=40, Sk=64, D=65, Dv=17, causal=False),
+    "D 100": Case(S=40, Sk=40, D=100, Dv=100, hq=4, group=2),
+    "D 33 Dv 50 unaligned": Case(S=40, Sk=40, D=33, Dv=50, aligned=False, window=(9, 9), causal=False),
     "D 80": Case(S=40, Sk=40, D=80, Dv=80),
     "D 128": Case(S=40, Sk=40, D=128, Dv=128),
     "D 192 Dv 128": Case(S=40, Sk=40, D=192, Dv=128),
@@ -368,6 +373,8 @@ LOW = {
     "dense": Case(causal=False, S=50, Sk=80),
     "GQA spans": Case(hq=4, group=2, cuts=(5, 50), key_cuts=(33,), S=60, Sk=60),
     "D 40 Dv 24": Case(D=40, Dv=24),
+    "D 33 Dv 17 partial sums": Case(D=33, Dv=17, partial=True, S=40, Sk=40),
+    "D 50 Dv 100": Case(D=50, Dv=100, S=40, Sk=40),
     "D 128": Case(D=128, Dv=128, S=40, Sk=40),
     "partial sums": Case(partial=True, S=40, Sk=40),
     "unaligned": Case(aligned=False, S=40, Sk=40),
@@ -449,10 +456,11 @@ def test_a_masked_row_in_backward(launchers) -> None:
     assert not run(launchers, case, p, memory)["dq"].isnan().any()
 
 
+@pytest.mark.parametrize("dims", [(40, 24), (33, 50)], ids=str)
 @pytest.mark.parametrize("launchers", [KERNELS, TWINS], ids=["triton", "reference"])
-def test_results_do_not_depend_on_where_they_lie(launchers) -> None:
+def test_results_do_not_depend_on_where_they_lie(launchers, dims: tuple[int, int]) -> None:
     """Bit for bit: strides, alignment, spans, and the heads that are worked on beside."""
-    case = Case(S=70, Sk=70, hq=4, group=2, D=40, Dv=24, window=(40, 0), softcap=5.0)
+    case = Case(S=70, Sk=70, hq=4, group=2, D=dims[0], Dv=dims[1], window=(40, 0), softcap=5.0)
     memory = Memory(True)
     p = problem(case, memory)
     whole = run(launchers, case, p, memory)
@@ -472,9 +480,9 @@ def test_results_do_not_depend_on_where_they_lie(launchers) -> None:
 
 @given(
     S=st.integers(1, 80), Sk=st.integers(1, 80), hq=st.integers(1, 4), group=st.integers(1, 4),
-    offset=st.integers(0, 3), D=st.sampled_from([8, 24, 64]), Dv=st.sampled_from([8, 32]), causal=st.booleans(),
-    window=st.none() | st.tuples(st.integers(-1, 90), st.integers(-1, 90)), softcap=st.sampled_from([None, 1.0, 20.0]),
-    aligned=st.booleans(), data=st.data(),
+    offset=st.integers(0, 3), D=st.sampled_from([1, 8, 24, 50, 64]), Dv=st.sampled_from([3, 8, 32]),
+    causal=st.booleans(), window=st.none() | st.tuples(st.integers(-1, 90), st.integers(-1, 90)),
+    softcap=st.sampled_from([None, 1.0, 20.0]), aligned=st.booleans(), data=st.data(),
 )  # fmt: skip
 def test_drawn_cases(S, Sk, hq, group, offset, D, Dv, causal, window, softcap, aligned, data) -> None:
     cuts = data.draw(st.lists(st.integers(0, S), max_size=3).map(sorted).map(tuple), "cuts")
@@ -503,6 +511,23 @@ def test_offsets_past_32_bits(tmp_path) -> None:
         inputs = (q, k, v) if target is out else tuple(x.clone() for x in (q, k, v))
         attend_forward.attend_forward(*inputs, [Span(0, (target, None))], None, Options(0.25, True, HeadMap(1, 0)))
     assert torch.equal(out, near)
+
+
+@pytest.mark.parametrize("dims", [(33, 17), (100, 1)], ids=str)
+def test_rows_of_any_head_dim_are_read_in_units_of_8(dims: tuple[int, int]) -> None:
+    """Heads of a row begin at multiples of 8 elements. The output may lie in a user's tensor, whose heads do not."""
+    case = Case(D=dims[0], Dv=dims[1], dtype=torch.bfloat16)
+    memory = Memory(True)
+    p = problem(case, memory)
+    with _config.capture("sm_90") as launches:
+        out = torch.empty(case.S, 1, case.hq, case.Dv, dtype=case.dtype)
+        attend_forward.attend_forward(p.q, p.k, p.v, [Span(0, (out, None))], None, case.options)
+        dq, dk, dv = (memory.rows(len(x), 1, x.size(2), x.size(3), x.dtype) for x in (p.q, p.k, p.v))
+        attend_backward.attend_backward(
+            p.q, p.k, p.v, p.do, p.lse, p.delta, [Span(0, (dq,))], [Span(0, (dk, dv))], case.options
+        )
+    assert [launch.args["UNIT"] for launch in launches] == [8, 8, 8]
+    assert launches[0].args["OUT_UNIT"] == 1
 
 
 def test_span_tables_are_made_once() -> None:

@@ -165,6 +165,14 @@ def test_every_exchange_gives_the_same_bits(pool):
         Case((20, 9), 2, 2, kv_lens=(3, 4), dtype="fp32", causal=False, window=(4, 2), softcap=1.0, return_lse=True),
         Case((17, 16), 2, 1, dim=256, value_dim=256, dtype="bf16"),
         Case((17, 16), 4, 2, dim=192, value_dim=128, dtype="bf16"),
+        Case((17, 16), 4, 2, dim=65, value_dim=17, dtype="bf16", return_lse=True),
+        Case((9, 9, 1, 5), 4, 1, dim=33, value_dim=50, dtype="bf16", return_lse=True),
+        Case((9, 1, 5), 6, 2, dim=1, value_dim=3, dtype="fp32", recompute="exchange"),
+        Case((9, 8), 4, 1, dim=33, value_dim=33, dtype="fp16", fused=True, rope=32, norm=True),
+        Case((9, 8), 2, 2, dim=3, value_dim=3, fused=True, rope=2, interleaved=True, norm=True, layout="slice"),
+        Case((6, 3), 4, 2, dim=100, value_dim=5, kv_lens=(4, 7), layout="slice", recompute="exchange"),
+        Case((6, 3), 12, 3, dim=33, value_dim=17, dtype="bf16", attention=sdpa),
+        Case((6, 5), 4, 2, dim=5, value_dim=5, fused=True, rope=4, norm=True, attention=sdpa),
         Case((6, 6, 6, 6, 6, 6), 12, 4, dim=8, value_dim=8, dtype="fp32"),
         Case((6, 6), 10, 5, dim=8, value_dim=8, dtype="fp32", attention=sdpa),
         Case((6, 6), 12, 3, dim=8, value_dim=8, dtype="fp32", attention=sdpa),
@@ -172,13 +180,34 @@ def test_every_exchange_gives_the_same_bits(pool):
     ],
     ids=[
         "one token", "empty ranks", "no keys", "no queries", "masked rows", "window past the keys", "D 256", "MLA dims",
-        "uneven kv", "callable GQA", "callable uneven kv", "callable cross",
+        "odd dims LSE", "odd dims shared kv", "D 1", "odd fused", "D 3 fused", "D 100 cross", "odd callable",
+        "odd fused callable", "uneven kv", "callable GQA", "callable uneven kv", "callable cross",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("attention", ["reference", "triton"])
 def test_edges(case, attention):
     case = case if callable(case.attention) else replace(case, attention=attention)
     check(case, virtually(case))
+
+
+ODD = {
+    "shared kv": {"kv_heads": 1, "dim": 33, "value_dim": 17, "return_lse": True},
+    "D 1": {"kv_heads": 4, "dim": 1, "value_dim": 100},
+    "fused": {"kv_heads": 2, "dim": 33, "value_dim": 33, "fused": True, "rope": 32, "norm": True},
+    "recompute": {"kv_heads": 2, "dim": 50, "value_dim": 3, "recompute": "exchange"},
+    "aten": {"kv_heads": 2, "dim": 65, "value_dim": 65, "attention": "aten"},
+    "callable": {"kv_heads": 1, "dim": 33, "value_dim": 17, "attention": sdpa},
+    "kernels": {"kv_heads": 1, "dim": 33, "value_dim": 17, "attention": "triton"},
+}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ODD)
+def test_head_dims_that_are_no_multiple_of_8(pool, name, dtype):
+    """On processes, where rows travel with whatever lies between their heads."""
+    case = Case((13,), 4, batch=2, dtype=dtype, **ODD[name])
+    for ranks in (1, 2, 4):
+        check(case.on(ranks), pool.run(ranks, on_process, case.on(ranks)))
 
 
 def test_no_process_group_is_plain_attention():

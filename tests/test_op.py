@@ -29,8 +29,9 @@ CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_
 
 @pytest.mark.parametrize("return_lse", [False, True], ids=["out", "out and lse"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["rows saved", "recompute"])
-def test_opcheck_of_the_op(recompute, return_lse):
-    q, k, v = (torch.randn(2, 6, 2, 16, requires_grad=True) for _ in range(3))
+@pytest.mark.parametrize("dims", [(16, 16), (33, 17)], ids=["16", "33 and 17"])
+def test_opcheck_of_the_op(recompute, return_lse, dims):
+    q, k, v = (torch.randn(2, 6, 2, dim, requires_grad=True) for dim in (dims[0], *dims))
     with UlyssesGroup() as group:
         arguments = op_arguments(group, q, k, v, recompute=recompute, return_lse=return_lse)
         opcheck(torch.ops.ulysses_triton.attention.default, arguments, test_utils=CHECKS)
@@ -58,15 +59,16 @@ def test_opcheck_of_the_backward_op(fused):
         opcheck(torch.ops.ulysses_triton.attention_backward.default, arguments, test_utils=checks)
 
 
-def test_opcheck_of_the_halves():
-    q, k, v = (torch.randn(2, 6, 2, 16, requires_grad=True) for _ in range(3))
+@pytest.mark.parametrize("dim", [16, 33])
+def test_opcheck_of_the_halves(dim):
+    q, k, v = (torch.randn(2, 6, 2, dim, requires_grad=True) for _ in range(3))
     with UlyssesGroup() as group:
         arguments = list(op_arguments(group, q, k, v))
         arguments[-5] = "callable"
         opcheck(torch.ops.ulysses_triton.exchange_in.default, tuple(arguments), test_utils=CHECKS)
-        out = torch.randn(6, 2, 2, 16, requires_grad=True)
+        out = torch.randn(6, 2, 2, dim, requires_grad=True)
         opcheck(
-            torch.ops.ulysses_triton.exchange_out.default, (out, group.name, 2, 2, 16, [6], True), test_utils=CHECKS
+            torch.ops.ulysses_triton.exchange_out.default, (out, group.name, 2, 2, dim, [6], True), test_utils=CHECKS
         )
 
 

@@ -58,6 +58,10 @@ def error(x: Tensor, expected: Tensor) -> float:
     return (torch.linalg.vector_norm(x.double() - expected.double()) / expected.double().norm().clamp_min(1e-30)).item()
 
 
+def padded(dim: int) -> int:
+    return (dim + 7) // 8 * 8
+
+
 def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.full(shape, float("nan"), dtype=dtype)
 
@@ -90,18 +94,22 @@ SOURCES = {"fused": fused, "heads-first": heads_first, "unaligned": unaligned}
 def qkv_rows(
     layout: Layout, shape: Shape, dtype: torch.dtype, kv_dtype: torch.dtype | None = None, offset: int = 0, gap: int = 8
 ) -> tuple[list[QKVRows], list[Tensor]]:
-    """Each rank's rows, NaN everywhere, and the buffers below; `gap` elements lie between the parts of a row."""
+    """Each rank's rows, NaN everywhere, and the buffers below; `gap` elements lie between the parts of a row.
+
+    Heads begin at multiples of 8 elements after the `offset`.
+    """
     B, L, D, Dv = shape
     rows, buffers = [], []
     for q_head, hq, kv_head, hkv in layout.owners:
         views = []
         for parts in ([(hq, D, dtype)], [(hkv, D, kv_dtype or dtype), (hkv, Dv, kv_dtype or dtype)]):
-            buffer = poisoned(L, B, offset + sum(h * d + gap for h, d, _ in parts), dtype=parts[0][2])
+            buffer = poisoned(L, B, offset + sum(h * padded(d) + gap for h, d, _ in parts), dtype=parts[0][2])
             buffers.append(buffer)
             start = offset
             for h, d, _ in parts:
-                views.append(buffer[..., start : start + h * d].unflatten(-1, (h, d)))
-                start += h * d + gap
+                stop = start + h * padded(d)
+                views.append(buffer[..., start:stop].unflatten(-1, (h, padded(d)))[..., :d])
+                start = stop + gap
         rows.append(QKVRows(*views, q_head, kv_head))
     return rows, buffers
 
@@ -112,9 +120,10 @@ def o_rows(layout: Layout, shape: Shape, dtype: torch.dtype, stat: torch.dtype |
     rows = []
     for q_head, hq, _, _ in layout.owners:
         extra = 0 if stat is None else hq * stat.itemsize // dtype.itemsize
-        buffer = poisoned(L, B, (hq * Dv + extra + 16) // 16 * 16, dtype=dtype)
-        o = buffer[..., : hq * Dv].unflatten(-1, (hq, Dv))
-        tail = None if stat is None else buffer[..., hq * Dv :].view(stat)[..., :hq]
+        size = hq * padded(Dv)
+        buffer = poisoned(L, B, (size + extra + 16) // 16 * 16, dtype=dtype)
+        o = buffer[..., :size].unflatten(-1, (hq, padded(Dv)))[..., :Dv]
+        tail = None if stat is None else buffer[..., size:].view(stat)[..., :hq]
         rows.append(ORows(o, tail, q_head))
     return rows
 
@@ -191,11 +200,16 @@ def cast(tf: Transform, dtype: torch.dtype) -> Transform:
 # pack
 
 
+dims = pytest.mark.parametrize("shape", [Shape(), Shape(D=33, Dv=17), Shape(D=1, Dv=100)], ids=["24", "33", "1"])
+
+
 @both
 @layouts
+@dims
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
-def test_pack_writes_all_of_its_views_and_nothing_else(impl: ModuleType, layout: Layout, source: Callable) -> None:
-    shape = Shape()
+def test_pack_writes_all_of_its_views_and_nothing_else(
+    impl: ModuleType, layout: Layout, shape: Shape, source: Callable
+) -> None:
     q, k, v = source(layout, shape, torch.bfloat16)
     rows, buffers = qkv_rows(layout, shape, torch.bfloat16)
     impl.pack(q, k, v, rows)
@@ -209,8 +223,9 @@ def test_pack_writes_all_of_its_views_and_nothing_else(impl: ModuleType, layout:
 
 @both
 @transforms
-def test_pack_transforms_q_and_k(impl: ModuleType, options: Options) -> None:
-    shape = Shape()
+@pytest.mark.parametrize("D", [24, 33])
+def test_pack_transforms_q_and_k(impl: ModuleType, options: Options, D: int) -> None:
+    shape = Shape(D=D)
     tf = make_transform(options, shape)
     q, k, v = fused(EVEN, shape, torch.float32)
     rows, _ = qkv_rows(EVEN, shape, torch.float32)
@@ -272,9 +287,9 @@ def test_pack_takes_keys_of_another_length(impl: ModuleType) -> None:
 
 @both
 @layouts
+@dims
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_pack_grad_sends_gradient_and_delta(impl: ModuleType, layout: Layout, dtype: torch.dtype) -> None:
-    shape = Shape()
+def test_pack_grad_sends_gradient_and_delta(impl: ModuleType, layout: Layout, shape: Shape, dtype: torch.dtype) -> None:
     rows = o_rows(layout, shape, dtype, torch.float32)
     do, o = (torch.randn(shape.B, layout.Hq, shape.L, shape.Dv).to(dtype).transpose(1, 2) for _ in range(2))
     dlse = torch.randn(shape.B, layout.Hq, shape.L).transpose(1, 2)
@@ -297,9 +312,9 @@ def test_pack_grad_takes_an_expanded_gradient_and_no_delta(impl: ModuleType) -> 
 
 @both
 @layouts
+@dims
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_unpack_inverts_the_way_back(impl: ModuleType, layout: Layout, dtype: torch.dtype) -> None:
-    shape = Shape()
+def test_unpack_inverts_the_way_back(impl: ModuleType, layout: Layout, shape: Shape, dtype: torch.dtype) -> None:
     rows = o_rows(layout, shape, dtype, torch.float32)
     o, lse = torch.randn(shape.B, shape.L, layout.Hq, shape.Dv).to(dtype), torch.randn(shape.B, shape.L, layout.Hq)
     for r, (q0, hq, _, _) in zip(rows, layout.owners, strict=True):
@@ -341,8 +356,9 @@ def expected_gradients(
 
 @both
 @transforms
-def test_unpack_grad_is_the_vjp_of_pack(impl: ModuleType, options: Options) -> None:
-    shape = Shape()
+@pytest.mark.parametrize("D", [24, 33])
+def test_unpack_grad_is_the_vjp_of_pack(impl: ModuleType, options: Options, D: int) -> None:
+    shape = Shape(D=D)
     tf = make_transform(options, shape)
     qkv = fused(EVEN, shape, torch.float32)
     rows = gradient_rows(EVEN, shape, torch.float32)
@@ -371,8 +387,11 @@ def test_unpack_grad_sums_shared_heads(impl: ModuleType, layout: Layout, options
 @low
 @pytest.mark.parametrize("partial", [False, True], ids=["own-dtype", "fp32-partials"])
 @pytest.mark.parametrize("options", [None, *(TRANSFORMS[name] for name in SOME)], ids=["none", *SOME])
-def test_unpack_grad_rounds_once(impl: ModuleType, options: Options | None, partial: bool, dtype: torch.dtype) -> None:
-    shape = Shape(B=1, L=33)
+@pytest.mark.parametrize("D", [24, 33])
+def test_unpack_grad_rounds_once(
+    impl: ModuleType, options: Options | None, partial: bool, dtype: torch.dtype, D: int
+) -> None:
+    shape = Shape(B=1, L=33, D=D)
     tf = make_transform(options, shape) if options else Transform()
     qkv = fused(SHARED, shape, dtype)
     rows = gradient_rows(SHARED, shape, dtype, torch.float32 if partial else None)
@@ -455,7 +474,8 @@ def test_no_token_and_one_token(impl: ModuleType, L: int, options: Options | Non
 
 
 @given(
-    B=st.integers(1, 2), L=st.integers(0, 70), D=st.sampled_from([8, 16, 40, 64]), Dv=st.sampled_from([8, 48]),
+    B=st.integers(1, 2), L=st.integers(0, 70), D=st.sampled_from([1, 3, 8, 16, 33, 40, 64, 100]),
+    Dv=st.sampled_from([1, 8, 17, 48]),
     pairs=st.integers(0, 4), flags=st.sampled_from(list(product([False, True], repeat=5))),
     layout=st.sampled_from(list(LAYOUTS.values())), source=st.sampled_from(list(SOURCES.values())),
     offset=st.sampled_from([0, 1, 8]),
@@ -464,7 +484,7 @@ def test_kernel_matches_twin(
     B: int, L: int, D: int, Dv: int, pairs: int, flags: tuple[bool, ...], layout: Layout, source: Callable, offset: int
 ) -> None:
     shape = Shape(B, L, D, Dv)
-    tf = make_transform(Options(2 * pairs, *flags), shape)
+    tf = make_transform(Options(2 * min(pairs, D // 2), *flags), shape)
     qkv = source(layout, shape, torch.float32)
     results = []
     for impl in (kernels, twins):

@@ -29,8 +29,8 @@ def problems(draw: st.DrawFn) -> Problem:
         kv_lens=draw(st.sampled_from([lens, tuple(n + 1 for n in lens)])),
         heads=heads,
         kv_heads=draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0])),
-        head_dim=draw(st.sampled_from([8, 24, 128])),
-        value_dim=draw(st.sampled_from([8, 64])),
+        head_dim=draw(st.sampled_from([8, 24, 33, 128])),
+        value_dim=draw(st.sampled_from([1, 8, 50, 64])),
         dtype=draw(st.sampled_from(["float32", "bfloat16", "float16", "float64"])),
         return_lse=draw(st.booleans()),
     )
@@ -56,9 +56,9 @@ def test_fields_fill_rows_without_overlap_and_rows_are_aligned(p):
             for row in section.rows:
                 stop = 0
                 for field in row.fields:
-                    assert field.offset == stop
-                    assert field.offset * p.item_size % (field.width * p.item_size) == 0
-                    stop += field.heads * field.dim * field.width
+                    assert field.offset == stop and field.offset % 8 == 0
+                    assert field.stride == (1 if field.name == "stat" else (field.dim + 7) // 8 * 8)
+                    stop += field.heads * field.stride * field.width
                 assert stop <= row.width < stop + 16 and row.width % 16 == 0
 
 
@@ -87,6 +87,8 @@ def test_the_rank_in_the_example_of_the_module():
     placement = place(problem(lens=(4,) * 6, kv_lens=(4,) * 6, heads=12, kv_heads=4))
     assert placement.shares[1] == (2, 4, 0, 2)
     assert placement.qkv[0].rows[1].width == 384
+    padded = place(problem(lens=(4,) * 6, kv_lens=(4,) * 6, heads=12, kv_heads=4, head_dim=33))
+    assert [(f.stride, f.offset) for f in padded.qkv[0].rows[1].fields] == [(40, 0), (40, 80), (64, 160)]
 
 
 def test_heads_that_ranks_do_not_divide_name_the_group_sizes_that_fit():
@@ -100,8 +102,8 @@ def test_heads_that_ranks_do_not_divide_name_the_group_sizes_that_fit():
         ({"dtype": "int64"}, DtypeError, "int64"),
         ({"heads": 6, "kv_heads": 4}, ShapeError, "multiple"),
         ({"kv_heads": 0}, ShapeError, "multiple"),
-        ({"head_dim": 12}, ShapeError, "multiple of 8"),
-        ({"head_dim": 264}, ShapeError, "256"),
+        ({"head_dim": 0}, ShapeError, "q and k have head dim 0; it must be from 1 to 256"),
+        ({"head_dim": 257}, ShapeError, "head dim 257; it must be from 1 to 256"),
         ({"value_dim": 0}, ShapeError, "v have head dim 0"),
         ({"batch": 0}, ShapeError, "batch"),
         ({"lens": (3, -1), "kv_lens": (3, -1)}, ShapeError, "lens"),

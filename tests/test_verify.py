@@ -75,7 +75,7 @@ def test_a_wrong_op_does_not_hold() -> None:
     ("options", "reason"),
     [
         (["--heads", "3"], "cannot share 2 kv heads"),
-        (["--head-dim", "12"], "multiple of 8"),
+        (["--head-dim", "257"], "from 1 to 256"),
         (["--tokens", "0"], "--tokens 0; it must be at least 1"),
         (["--value-dim", "24", "--rope"], "equal --head-dim and --value-dim"),
         (["--rows", "0"], "--rows 0"),

@@ -52,43 +52,51 @@ def ulysses_attention(
     into head shards, each rank attends over the whole sequence for its heads, a second exchange turns the result back
     (DeepSpeed-Ulysses, Jacobs et al. 2023, https://arxiv.org/abs/2309.14509, section 3).
 
-    Args: q: `[B, L, Hq, D]`, this rank's L tokens; any strides with a dense last dim; fp32, bf16, fp16, or fp64 on a
-    CPU. k: `[B, Lk, Hkv, D]`; Hkv divides Hq, query head h attends to kv head `h // (Hq / Hkv)`. v: `[B, Lk, Hkv, Dv]`.
-    D and Dv are multiples of 8, at most 256. group: a `ProcessGroup`, a 1-D `DeviceMesh`, a `UlyssesGroup`, or None for
-    the default group (one rank, plain attention, when `torch.distributed` is not initialised). With data-parallel ranks
-    in the job pass the sequence-parallel group: with None all ranks would share one sequence. Its size must divide Hq.
-    causal: token i of the whole sequence attends to tokens `0..i` (aligned at token 0 when keys differ in length).
-    scale: the softmax scale; None for `1 / sqrt(D)`. window: `(left, right)` in tokens: token i of the whole sequence
-    attends to tokens `i - left .. i + right` only; -1 for no bound on that side, and with `causal` right counts as 0.
-    Aligned at token 0 also when keys differ in length (flash-attn aligns at the end). A token that no key is left for
-    gets zeros, and an LSE of -inf. softcap: scores are `softcap * tanh(scale q k^T / softcap)`, ahead of the mask
-    (Gemma 2, Gemma Team 2024, https://arxiv.org/abs/2408.00118, section 2); None for none. sinks: `[Hq]` of the whole
-    model, a score per head that no value lies behind (gpt-oss, OpenAI 2025; as a logit without a value: Xiao et al.
-    2023, https://arxiv.org/abs/2309.17453); the LSE counts it. Its gradient is this rank's share: the sum over the
-    ranks is the gradient, as for any replicated parameter. alibi_slopes: `[Hq]` of the whole model: scores lose `slope
-    * |i - j|` (ALiBi, Press et al. 2022, https://arxiv.org/abs/2108.12409, section 3), after the softcap; the gradient
-    is a share likewise. segment_ids: int `[B, L]`, the document of each of this rank's own tokens: tokens attend only
-    tokens of their own document, wherever it lies; negative is padding, with zeros as output and gradients. Gathered
-    once for as long as it is the same tensor, so pass the same one to all layers. cu_seqlens: offsets `[documents + 1]`
-    in the whole sequence from 0 to S, equal on all ranks, ints or a tensor: the same for a batch of 1. A tensor on a
-    GPU is read once. Documents may be empty. With `cu_seqlens_k` keys have documents of their own lengths; causal and
-    window then count from the beginning of every document. mask: a predicate that says which pairs are attended, under
-    `masks.register`; or `(predicate, *tensors)` with tensors that it captured, equal on all ranks; or a
-    `masks.block_mask` of one, whose empty tiles cost nothing. It goes on top of all other masks. dropout_p: the
-    probability with which a pair's weight is dropped; the others grow by `1 / (1 - p)`. Which ones are dropped follows
-    from the seed and the pair's batch, head and positions: the same for any number of ranks. dropout_seed: an int from
-    0, equal on all ranks; None for rank 0's draw from PyTorch's default CPU generator. lens: every rank's L in tokens,
-    when they differ. kv_lens: every rank's Lk, when keys have lengths of their own. attention: "auto"; "triton" or
-    "aten" (PyTorch's kernel) to insist on one; or a callable `attention(q, k, v, causal=..., scale=...)` that gets `[B,
-    S, h, D]` views of the whole sequence with this rank's heads (fewer for k and v under GQA) and returns `[B, S, h,
-    Dv]`. Where they are given it also gets `window=`, `softcap=`, `cu_seqlens=`, `cu_seqlens_k=`, `segment_ids=` `[B,
-    S]`, and `sinks=`, `alibi_slopes=` of its heads. recompute: "exchange" saves only the inputs for backward (beside
-    the output) and exchanges again; None saves the exchanged q, k and v. return_lse: also return the log-sum-exp of the
-    scores, `[B, L, Hq]`, natural log, fp32 (fp64 for fp64).
+    Args:
+        q: `[B, L, Hq, D]`, this rank's L tokens; any strides with a dense last dim; fp32, bf16, fp16, or fp64 on a CPU.
+        k: `[B, Lk, Hkv, D]`; Hkv divides Hq, query head h attends to kv head `h // (Hq / Hkv)`.
+        v: `[B, Lk, Hkv, Dv]`. D and Dv are at most 256.
+        group: a `ProcessGroup`, a 1-D `DeviceMesh`, a `UlyssesGroup`, or None for the default group (one rank, plain
+            attention, when `torch.distributed` is not initialised). With data-parallel ranks in the job pass the
+            sequence-parallel group: with None all ranks would share one sequence. Its size must divide Hq.
+        causal: token i of the whole sequence attends to tokens `0..i` (aligned at token 0 when keys differ in length).
+        scale: the softmax scale; None for `1 / sqrt(D)`.
+        window: `(left, right)` in tokens: token i of the whole sequence attends to tokens `i - left .. i + right` only;
+            -1 for no bound on that side, and with `causal` right counts as 0. Aligned at token 0 also when keys differ
+            in length (flash-attn aligns at the end). A token that no key is left for gets zeros, and an LSE of -inf.
+        softcap: scores are `softcap * tanh(scale q k^T / softcap)`, ahead of the mask (Gemma 2, Gemma Team 2024,
+            https://arxiv.org/abs/2408.00118, section 2); None for none.
+        sinks: `[Hq]` of the whole model, a score per head that no value lies behind (gpt-oss, OpenAI 2025; attention
+            sinks: Xiao et al. 2023, https://arxiv.org/abs/2309.17453); the LSE counts it. Its gradient is this rank's
+            share: the sum over the ranks is the gradient, as for any replicated parameter.
+        alibi_slopes: `[Hq]` of the whole model: scores lose `slope * |i - j|` (ALiBi, Press et al. 2022,
+            https://arxiv.org/abs/2108.12409, section 3), after the softcap. The gradient is a share likewise.
+        segment_ids: int `[B, L]`, the document of each of this rank's own tokens: tokens attend only tokens of their
+            own document, wherever it lies; negative is padding, with zeros as output and gradients. Gathered once for
+            as long as it is the same tensor, so pass the same one to all layers.
+        cu_seqlens: offsets `[documents + 1]` in the whole sequence, from 0 to S, equal on all ranks, as ints or a
+            tensor: the same for a batch of 1. A tensor on a GPU is read once. Documents may be empty. With
+            `cu_seqlens_k` keys have documents of their own lengths; causal and window then count from the beginning of
+            every document.
+        mask: a predicate under `masks.register` that says which pairs are attended; or `(predicate, *tensors)` with
+            tensors that it captured, equal on all ranks; or a `masks.block_mask` of one, whose empty tiles cost
+            nothing. It goes on top of all other masks.
+        dropout_p: the probability with which a pair's weight is dropped; the others grow by `1 / (1 - p)`. Which ones
+            are dropped follows from the seed and the pair's batch, head and positions: the same for any number of
+            ranks.
+        dropout_seed: an int from 0, equal on all ranks; None for rank 0's draw from PyTorch's default CPU generator.
+        lens: every rank's L in tokens, when they differ. kv_lens: every rank's Lk, when keys have lengths of their own.
+        attention: "auto"; "triton" or "aten" (PyTorch's kernel) to insist on one; or a callable
+            `attention(q, k, v, causal=..., scale=...)` that gets `[B, S, h, D]` views of the whole sequence with this
+            rank's heads (fewer for k and v under GQA) and returns `[B, S, h, Dv]`. Where they are given it also gets
+            `window=`, `softcap=`, `cu_seqlens=`, `cu_seqlens_k=`, `segment_ids=` as `[B, S]`, and `sinks=` and
+            `alibi_slopes=` of its heads.
+        recompute: "exchange" saves only the inputs for backward (beside the output) and exchanges again; None saves the
+            exchanged q, k and v.
+        return_lse: also return the log-sum-exp of the scores, `[B, L, Hq]`, natural log, fp32 (fp64 for fp64).
 
     Returns:
-        `[B, L, Hq, Dv]`, or (that, LSE). Differentiable in q, k, v, sinks and slopes, through both
-        results.
+        `[B, L, Hq, Dv]`, or (that, LSE). Differentiable in q, k, v, sinks and slopes, through both results.
 
     Raises:
         ShapeError, DtypeError, DeviceError, OptionError: for what is wrong with the call, on every rank, also when only

@@ -139,7 +139,7 @@ def exchange_in(problem: Problem, group: UlyssesGroup, inputs: Inputs) -> list[T
     run.all(schedule.IN)
     sections, rank = run.placement.qkv, group.rank
     received = zip(run.received["exchange_in"], sections, strict=True)
-    return [rows.view(sum(s.lens), problem.batch, s.rows[rank].width) for rows, s in received]
+    return [_tidied(rows, sum(s.lens), problem.batch, s.rows[rank]) for rows, s in received]
 
 
 def exchange_in_backward(
@@ -179,6 +179,11 @@ def views_of_rows(problem: Problem, rank: int, received: Sequence[Tensor]) -> tu
     for rows, section in zip(received, place(problem).qkv, strict=True):
         views |= _view(rows, sum(section.lens), problem.batch, section.rows[rank], torch.float32)
     return views["q"], views["k"], views["v"]
+
+
+def o_of_rows(problem: Problem, rank: int, rows: Tensor) -> Tensor:
+    """O (or its gradient) `[S, B, hq, Dv]` of a rank's heads, in rows `[S, B, row]` in head layout."""
+    return _view(rows, problem.seq, problem.batch, place(problem).out[0].rows[rank], torch.float32)["o"]
 
 
 class _Run:
@@ -471,8 +476,20 @@ def _view(flat: Tensor, tokens: int, batch: int, row: Row, stat_dtype: torch.dty
     return {field.name: _field(rows, field, stat_dtype) for field in row.fields}
 
 
+def _tidied(flat: Tensor, tokens: int, batch: int, row: Row) -> Tensor:
+    """Rows as `[tokens, batch, row]`, with zeros where nobody wrote: the results of an op say the same every time."""
+    rows = flat.view(tokens, batch, row.width)
+    stop = 0
+    for field in row.fields:
+        stop = field.offset + field.size
+        rows[..., field.offset : stop].unflatten(-1, (field.heads, field.stride))[..., field.dim :].zero_()
+    rows[..., stop:].zero_()
+    return rows
+
+
 def _field(rows: Tensor, field: Field, stat_dtype: torch.dtype) -> Tensor:
-    part = rows[:, :, field.offset : field.offset + field.heads * field.dim * field.width]
+    part = rows[:, :, field.offset : field.offset + field.size]
     if field.width > 1:
         part = part.view(stat_dtype)
-    return part.unflatten(-1, (field.heads, field.dim))
+    heads = part.unflatten(-1, (field.heads, field.stride))
+    return heads if field.dim == field.stride else heads[..., : field.dim]  # autograd copies for a slice of all

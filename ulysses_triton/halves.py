@@ -97,10 +97,12 @@ def exchange_out(
     own = by_name(group)
     problem = _output_problem(o, heads, kv_heads, head_dim, lens, causal)
     own.agree("exchange out", problem.signature)
-    row = place(problem).out[0].rows[own.rank]
-    rows = o.flatten(2)
-    if rows.size(2) < row.width:
-        rows = torch.nn.functional.pad(rows, (0, row.width - rows.size(2)))
+    width = place(problem).out[0].rows[own.rank].width
+    if o.size(2) * o.size(3) == width:
+        rows = o.flatten(2)
+    else:
+        rows = o.new_empty(*o.shape[:2], width)
+        executor.o_of_rows(problem, own.rank, rows).copy_(o)
     with own.call():
         return executor.exchange_out(problem, own, Inputs(rows, rows, rows, None), rows)
 
@@ -114,7 +116,7 @@ def _(o, group, heads, kv_heads, head_dim, lens, causal):
 def exchange_out_backward(
     dout: Tensor, group: str, heads: int, kv_heads: int, head_dim: int, lens: list[int], causal: bool
 ) -> Tensor:
-    """dout [B, L, Hq, Dv] -> rows [S, B, row] that begin with do [hq, Dv] in head layout."""
+    """dout [B, L, Hq, Dv] -> rows [S, B, row] that hold do [hq, Dv] in head layout."""
     own = by_name(group)
     problem = _output_problem(dout.transpose(0, 1), heads, kv_heads, head_dim, lens, causal)
     own.agree("exchange out backward", problem.signature)
@@ -148,13 +150,13 @@ def _output_problem(o: Tensor, heads: int, kv_heads: int, head_dim: int, lens: l
 
 def _setup_out(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.fixed = inputs[1:]
-    ctx.heads_here = inputs[0].shape[2:]
 
 
 def _backward_out(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
     rows = exchange_out_backward(dout, *ctx.fixed)
-    heads, dim = ctx.heads_here
-    return (rows[:, :, : heads * dim].unflatten(-1, (heads, dim)), *(None,) * 6)
+    group, *numbers = ctx.fixed
+    problem = _output_problem(dout.transpose(0, 1), *numbers)
+    return (executor.o_of_rows(problem, by_name(group).rank, rows), *(None,) * 6)
 
 
 exchange_out.register_autograd(_backward_out, setup_context=_setup_out)

@@ -132,7 +132,7 @@ def _aten_backward(
     options: Options,
     _: HeadGrads,
 ) -> None:
-    """As the kernels' `attend_backward`, but with O in head layout in place of delta; it has neither sinks nor slopes."""
+    """As the kernels' `attend_backward`, with O in head layout in place of delta; it has neither sinks nor slopes."""
     for mine, theirs in _parts(q.size(2), k.size(2), options.heads):
         grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             _bhsd(do[:, :, mine]),

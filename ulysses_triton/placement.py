@@ -4,7 +4,8 @@ Pure functions of the problem. A rank takes `Hq / P` query heads in order and th
 `Hkv < P` neighbouring ranks share a kv head, and each receives it.
 
 Example: Hq = 12, Hkv = 4, P = 6. Rank 1 has query heads 2 and 3; three query heads share a kv head, so it works with kv
-heads 0 and 1. Its row on the way in, D = Dv = 64: `q2 q3 k0 k1 v0 v1`, 384 elements.
+heads 0 and 1. Its row on the way in, D = Dv = 64: `q2 q3 k0 k1 v0 v1`, 384 elements. With D = 33 every head of q and k
+takes 40, of which the last 7 are never read: heads begin at multiples of 8 elements, so vector accesses stay aligned.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from .errors import ShapeError
 from .spec import Problem
 
 ROW_MULTIPLE = 16  # elements: every row starts at a multiple of 16 bytes or more, so vector accesses stay aligned
+HEAD_MULTIPLE = 8  # elements, for every head likewise
 
 
 class Share(NamedTuple):
@@ -39,7 +41,7 @@ class Share(NamedTuple):
 
 
 class Field(NamedTuple):
-    """Some heads in a row: `heads x dim` numbers from element `offset` on, each `width` elements wide.
+    """Some heads in a row: `dim` numbers every `stride`, from element `offset` on, each number `width` elements wide.
 
     `width` is more than 1 for numbers that travel in a wider type than the row's: fp32 in a bf16 row.
     """
@@ -47,8 +49,14 @@ class Field(NamedTuple):
     name: str
     heads: int
     dim: int
+    stride: int
     offset: int
     width: int
+
+    @property
+    def size(self) -> int:
+        """The elements that it takes in a row."""
+        return self.heads * self.stride * self.width
 
 
 class Row(NamedTuple):
@@ -160,13 +168,15 @@ _placed = lru_cache(maxsize=256)(_place)
 
 
 def _row(parts: list[tuple[str, int, int, int]]) -> Row:
-    sizes = [heads * dim * width for _, heads, dim, width in parts]
-    offsets = accumulate(sizes, initial=0)
-    fields = tuple(
-        Field(name, heads, dim, offset, width)
-        for (name, heads, dim, width), offset in zip(parts, offsets, strict=False)
-    )
-    return Row(fields, round_up(sum(sizes), ROW_MULTIPLE))
+    unplaced = [Field(name, heads, dim, _stride(name, dim), 0, width) for name, heads, dim, width in parts]
+    offsets = accumulate((field.size for field in unplaced), initial=0)
+    fields = tuple(field._replace(offset=offset) for field, offset in zip(unplaced, offsets, strict=False))
+    return Row(fields, round_up(sum(field.size for field in fields), ROW_MULTIPLE))
+
+
+def _stride(name: str, dim: int) -> int:
+    """How far apart the heads of a field lie, in numbers. An LSE or delta is one number a head, read as such."""
+    return dim if name == "stat" else round_up(dim, HEAD_MULTIPLE)
 
 
 def round_up(number: int, multiple: int) -> int:

@@ -112,11 +112,8 @@ class Problem:
                 "positive multiple of the number of kv heads"
             )
         for name, dim in (("q and k", self.head_dim), ("v", self.value_dim)):
-            if not 8 <= dim <= MAX_HEAD_DIM or dim % 8:
-                raise ShapeError(
-                    f"{name} have head dim {dim}; it must be a multiple of 8 from 8 to {MAX_HEAD_DIM}: pad the heads "
-                    "with zero channels and pass scale= of the unpadded dim"
-                )
+            if not 1 <= dim <= MAX_HEAD_DIM:
+                raise ShapeError(f"{name} have head dim {dim}; it must be from 1 to {MAX_HEAD_DIM}")
         for name, lens in (("lens", self.lens), ("kv_lens", self.kv_lens)):
             if len(lens) != self.ranks or any(n < 0 for n in lens):
                 raise ShapeError(f"{name} = {list(lens)} must hold one length >= 0 for each of the {self.ranks} ranks")
