@@ -184,7 +184,7 @@ def tile_range_keys(
 def tile_at(i, full, full_end, tiles_ptr, MASKED: tl.constexpr, HAS: tl.constexpr):
     """Where the tile of a step lies: in the list, or for partial tiles behind the full ones in their midst."""
     if HAS.blocks:
-        i = tl.load(tiles_ptr + i // BLOCK) * BLOCK + i % BLOCK
+        i = tl.load(tiles_ptr + i // BLOCK) * BLOCK + i - i // BLOCK * BLOCK
     elif MASKED and HAS.gaps:
         i = tl.where(i < full, i, i + full_end - full)
     return i
