@@ -146,3 +146,19 @@ class Options(NamedTuple):
         """(left, right) of the window and the causal mask together, -1 for no bound."""
         left, right = self.window or (-1, -1)
         return left, 0 if self.causal else right
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Sorted names of the options that are on: what launch configurations are looked up by."""
+        on = {
+            "alibi": self.slopes is not None,
+            "blocks": self.blocks is not None,
+            "causal": self.causal,
+            "documents": self.documents is not None,
+            "dropout": self.dropout is not None,
+            "predicate": self.predicate is not None,
+            "sinks": self.sinks is not None,
+            "softcap": self.softcap is not None,
+            "window": self.window is not None,
+        }
+        return tuple(name for name, is_on in on.items() if is_on)

@@ -158,7 +158,7 @@ def attend_forward(
     assert lse is None or lse.is_contiguous()
     u = unit(q, k, v, *o)
     factors = scales(options._replace(scale=abs(options.scale)))  # of -q where it is negative
-    tiles = _config.tiles("attend_forward", q, max(D, Dv))
+    tiles = _config.tiles("attend_forward", q, (D, Dv), max(S, Sk), options.flags)
     n_tiles = triton.cdiv(S, tiles["BLOCK_M"])
     _config.launch(
         attend_forward_kernel,

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent / "ulysses_triton"
 # place here first.
 LAYERS: dict[str, tuple[str, ...]] = {
     "kernels": (
+        "kernels._cache",
         "kernels._config",
         "kernels._mask",
         "kernels._rope_norm",
@@ -49,8 +50,11 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "case",
         "cli",
         "cost",
+        "machine",
         "shard",
+        "trial",
         "truth",
+        "tuner",
         "tuning",
         "verify",
         "integrations.*",

@@ -15,6 +15,7 @@ from torch import Tensor
 from .errors import DeviceError, DtypeError, ShapeError, UlyssesError
 from .executor import Inputs
 from .group import UlyssesGroup, by_name
+from .kernels._config import fingerprint
 from .kernels._views import Transform
 from .local import choose
 from .placement import place
@@ -121,7 +122,9 @@ def describe(group: UlyssesGroup, call: Call) -> tuple[Problem, Inputs]:
     problem.check()
     place(problem)
     chosen = choose(problem).name
-    problem = replace(problem, attention=chosen if call.attention != "callable" else "callable")
+    if call.attention == "callable":
+        chosen = "callable"
+    problem = replace(problem, attention=chosen, tuning=fingerprint(problem.device) if chosen == "triton" else "")
     return problem, Inputs(q, k, v, transform)
 
 

@@ -44,6 +44,7 @@ class Problem:
     recompute: bool = False
     return_lse: bool = False
     grad: bool = False
+    tuning: str = ""  # of the launch configurations in force, where kernels attend: the rank's own
 
     @property
     def seq(self) -> int:
