@@ -40,37 +40,40 @@ def fastest(key: Key, machine: Machine, heads: tuple[int, int]) -> Entry:
     tried: dict[str, str] = {}
     best: tuple[float, Tiles, Resources, dict[str, trial.Error]] | None = None
     for each, compiled in zip(tiles, _compiled(problem, tiles, machine), strict=True):
-        if isinstance(compiled, Exception):
-            reason = " ".join(str(compiled).split())
-            tried[label(each)] = f"does not compile: {type(compiled).__name__}: {reason[:120]}"
+        if isinstance(compiled, str):
+            tried[label(each)] = f"does not compile: {compiled}"
             continue
-        errors = _errors(gates, each)
-        wrong = [f"{name} {e.error:.1e}, allowed {e.allowed:.1e}" for name, e in errors.items() if not e.ok]
-        if wrong:
-            tried[label(each)] = f"wrong: {'; '.join(wrong)}"
-            continue
-        ms = machine.measure(trial.prepare(problem, each).run)
+        try:
+            errors = _errors(gates, each)
+            wrong = [f"{name} {e.error:.1e}, allowed {e.allowed:.1e}" for name, e in errors.items() if not e.ok]
+            if wrong:
+                tried[label(each)] = f"wrong: {'; '.join(wrong)}"
+                continue
+            ms = machine.measure(trial.prepare(problem, each).run)
+        except Exception as error:  # a GPU that failed once answers nothing more, so there is nothing to go on with
+            error.add_note(f"while {named(key)} was tried with {label(each)}")
+            raise
         tried[label(each)] = f"{ms:.4g} ms"
         if best is None or ms < best[0]:
             best = ms, each, compiled, errors
     return _entry(key, machine, heads, problem.tokens, best, tried)
 
 
-def _compiled(problem: trial.Problem, tiles: Sequence[Tiles], machine: Machine) -> Iterator[Resources | Exception]:
-    """What each launch compiles to, many at once, or why it does not."""
+def _compiled(problem: trial.Problem, tiles: Sequence[Tiles], machine: Machine) -> list[Resources | str]:
+    """What each launch compiles to, many at once, or why it does not. All are ready before anything is timed."""
 
-    def attempt(each: Tiles) -> Resources | Exception:
+    def attempt(each: Tiles) -> Resources | str:
         launch = trial.prepare(problem, each).launch
         try:
             return machine.compile(launch)
         except Exception as error:  # Triton raises anything: out of resources, an assertion, a failed pass
-            return error
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
-    yield attempt(tiles[0])  # alone: inputs are drawn, and Triton's driver is set up
+    first = attempt(tiles[0])  # alone: inputs are drawn, and Triton's driver is set up
     on_this_gpu = torch.cuda.set_device if machine.device.type == "cuda" else lambda device: None
     threads = max(1, min(MOST_THREADS, os.cpu_count() or 1))
     with ThreadPoolExecutor(threads, initializer=on_this_gpu, initargs=(machine.device,)) as pool:
-        yield from pool.map(attempt, tiles[1:])
+        return [first, *pool.map(attempt, tiles[1:])]
 
 
 def _errors(gates: Sequence[trial.Problem], tiles: Tiles) -> dict[str, trial.Error]:
@@ -83,6 +86,11 @@ def _errors(gates: Sequence[trial.Problem], tiles: Tiles) -> dict[str, trial.Err
     return worst
 
 
+def named(key: Key) -> str:
+    seq = (str(key.seq),) if key.seq else ()
+    return " ".join((key.kernel, key.dtype, "/".join(map(str, key.dims)), *key.flags, *seq))
+
+
 def label(tiles: Tiles) -> str:
     return ", ".join(f"{name.removeprefix('BLOCK_').removeprefix('num_')} {value}" for name, value in tiles.items())
 
@@ -91,23 +99,21 @@ def _entry(
     key: Key, machine: Machine, heads: tuple[int, int], tokens: int,
     best: tuple[float, Tiles, Resources, dict[str, trial.Error]] | None, tried: dict[str, str],
 ) -> Entry:  # fmt: skip
+    found: Entry = {"tiles": None, "gate": {"passed": False}}
+    if best is not None:
+        ms, tiles, resources, errors = best
+        shown = {name: [float(f"{x:.2g}") for x in error] for name, error in errors.items()}  # error, allowed
+        found = {"tiles": tiles, "ms": float(f"{ms:.4g}"), **resources._asdict(), "gate": {"passed": True, **shown}}
     hashed, files = _cache.source(key.kernel)
-    entry: Entry = {
+    return {
         **key._asdict(),
-        "tiles": None,
-        "gate": {"passed": best is not None},
+        **found,
         "source": hashed,
         "source_files": files,
         "triton": triton.__version__,
         "timed": {"tokens": tokens, "heads": heads[0], "kv_heads": heads[1]},
         "tried": tried,
     }
-    if best is not None:
-        ms, tiles, resources, errors = best
-        shown = {name: [float(f"{x:.2g}") for x in error] for name, error in errors.items()}  # error, allowed
-        entry |= {"tiles": tiles, "ms": float(f"{ms:.4g}"), **resources._asdict()}
-        entry["gate"] |= shown
-    return entry
 
 
 # -- the file
@@ -178,18 +184,15 @@ def _progress(count: int, finished: int, stream: IO[str]) -> Iterator[Callable[[
     bar = stream.isatty()
 
     def show(done: int, key: Key, entry: Entry | None) -> None:
-        name = " ".join(
-            [key.kernel, key.dtype, "/".join(map(str, key.dims)), *key.flags, *[str(key.seq)] * bool(key.seq)]
-        )
         clear = "\r\033[K" if bar else ""
         if entry is not None:
             result = f"{entry['ms']} ms with {label(entry['tiles'])}" if entry["tiles"] else "NOTHING PASSED"
-            print(f"{clear}{done}/{count} {name}: {result}", file=stream, flush=True)
+            print(f"{clear}{done}/{count} {named(key)}: {result}", file=stream, flush=True)
         elif bar:
             filled = 30 * done // count
             left = f", {(time.monotonic() - begin) / done * (count - done):.0f} s left" if done else ""
             print(
-                f"{clear}[{'#' * filled}{'.' * (30 - filled)}] {done}/{count}{left}: {name}",
+                f"{clear}[{'#' * filled}{'.' * (30 - filled)}] {done}/{count}{left}: {named(key)}",
                 end="",
                 file=stream,
                 flush=True,
