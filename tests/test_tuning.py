@@ -23,7 +23,7 @@ import torch
 from test_layers import absolute, imports, modules, within
 
 from ulysses_triton import cli, trial, tuner, tuning, ulysses_attention
-from ulysses_triton.errors import ExchangeError, UlyssesError
+from ulysses_triton.errors import ExchangeError, OptionError, UlyssesError
 from ulysses_triton.kernels import _cache, _config
 from ulysses_triton.kernels._cache import Entry, Key, Tiles
 from ulysses_triton.machine import Machine, Resources
@@ -509,7 +509,15 @@ def test_what_was_tuned_for_another_kernel_or_compiler_is_done_anew(user: Path, 
 
 def test_a_budget_ends_before_the_next_key(user: Path) -> None:
     assert tuner.tune(KEYS, machine(Stopwatch()), user / FILE, HEADS, budget=0.0, stream=io.StringIO()) == KEYS
-    assert not (user / FILE).exists()
+    assert _cache.read(user / FILE) == {}
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_first(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    stopwatch = Stopwatch()
+    with pytest.raises(OptionError, match="cannot be written .*ULYSSES_TRITON_CACHE"):
+        tuner.tune(KEYS, machine(stopwatch), tmp_path / "file" / FILE, HEADS, stream=io.StringIO())
+    assert stopwatch.timed == []
 
 
 def test_an_error_of_the_gpu_says_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,10 +52,10 @@ OUTPUTS = {  # that are checked of each kernel; the two backward kernels have on
     "unpack": ("out", "lse"),
     "unpack_grad": ("dq", "dk", "dv", "dq_norm", "dk_norm"),
 }
-FLAGS: dict[str, Callable[[int], Any]] = {  # the options that can be tuned for, with their value for so many tokens
-    "causal": lambda tokens: True,
-    "softcap": lambda tokens: 2.0,
-    "window": lambda tokens: (min(1024, max(8, tokens // 4)), 0),
+FLAGS: dict[str, Callable[[Problem], dict[str, Any]]] = {  # the options that can be tuned for: fields of `Options`
+    "causal": lambda problem: {"causal": True},
+    "softcap": lambda problem: {"softcap": 2.0},
+    "window": lambda problem: {"window": (min(1024, max(8, problem.tokens // 4)), 0)},
 }
 
 
@@ -81,7 +81,9 @@ class Problem:
 
     @property
     def options(self) -> Options:
-        given: dict[str, Any] = {"causal": False} | {flag: FLAGS[flag](self.tokens) for flag in self.key.flags}
+        given: dict[str, Any] = {"causal": False}
+        for flag in self.key.flags:
+            given |= FLAGS[flag](self)
         return Options(scale=self.key.dims[0] ** -0.5, heads=HeadMap(self.heads // self.kv_heads, 0), **given)
 
     @cached_property

@@ -22,6 +22,7 @@ import triton
 from filelock import FileLock
 
 from . import trial
+from .errors import OptionError
 from .kernels import _cache, _config
 from .kernels._cache import Entry, Key, Tiles
 from .machine import Machine, Resources
@@ -121,9 +122,21 @@ def _entry(
 
 def write(path: Path, gpu: str, entries: Iterable[Entry]) -> None:
     """Add entries to a GPU's file, over those with the same keys. Processes that do so at once wait for each other."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
+    with writing(path):
         replace(path, text(gpu, _cache.read(path) | {Key.of(entry): entry for entry in entries}))
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """The one writer of a file, whose folder is made if there is none."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            yield
+    except OSError as error:
+        raise OptionError(
+            f"{path} cannot be written ({error}): name another folder with --out or in {_cache.FOLDER}"
+        ) from error
 
 
 def replace(path: Path, content: str) -> None:
@@ -158,6 +171,7 @@ def tune(
     """Fill the file at `path`; returns the keys for which the budget of seconds left no time."""
     known = {} if again else _cache.read(path)
     todo = [key for key in keys if not _finished(key, known.get(key))]
+    write(path, machine.gpu, [])  # what cannot be written is found out first
     begin = time.monotonic()
     with _progress(len(todo), len(keys) - len(todo), stream or sys.stderr) as show:
         for i, key in enumerate(todo):

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
-from filelock import FileLock
 
 from . import trial, tuner
 from .case import DTYPES
@@ -57,8 +56,7 @@ def tune_everywhere(
     name, content, left = json.loads(from_rank_0(work, group))
     if dist.is_initialized():
         if dist.get_rank(group) and not int(os.environ.get("LOCAL_RANK", 0)):
-            folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder / f"{name}.lock"):
+            with tuner.writing(folder / name):
                 tuner.replace(folder / name, content)
         dist.barrier(group)
     _config.forget()
