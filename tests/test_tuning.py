@@ -373,6 +373,50 @@ def test_one_kernel_is_prepared_with_its_tiles(kernel: str) -> None:
     assert not any(part.isnan().any() for name in names for part in prepared.results[name])
 
 
+BINARIES = """
+import json
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from ulysses_triton import trial
+from ulysses_triton.kernels import _cache, _config
+
+class Driver:  # of a GPU that is not there
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+
+driver.set_active(Driver())
+_config.gpu, _config.architecture = lambda device: None, lambda device: "sm_90"
+same = {}
+for kernel in _cache.KERNELS:
+    key = _cache.Key(kernel, "bfloat16", (64, 64), ("causal",) if kernel.startswith("attend") else (), 512)
+    tiles = _config.tiles(kernel, torch.empty(0, dtype=torch.bfloat16), key.dims, 512)
+    for other in trial.Problem(key, 3, 4, 2, torch.device("cpu")).variants:
+        found = []
+        for tokens, heads, cut in ((512, 8, False), (1037, 4, True), (3, 4, True)):
+            problem = trial.Problem(key, tokens, heads, 2, torch.device("cpu"))
+            _ = problem.forward
+            with _config.fixed(kernel, tiles), _config.capture("sm_90") as launches:
+                problem.run(trial.KERNELS, cut=cut, other=other)
+            (launch,) = [x for x in launches if x.kernel.__name__.strip("_") == f"{kernel}_kernel"]
+            found.append(launch.kernel.warmup(**launch.args, **launch.options, grid=launch.grid))
+        same[f"{kernel} {other}"] = all(binary is found[0] for binary in found)
+        same[f"{kernel} {other} compiled"] = found[0].metadata.num_warps == tiles["num_warps"]
+print(json.dumps(same))
+"""
+
+
+def test_what_is_checked_is_the_binary_that_is_timed() -> None:
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    process = subprocess.run(
+        [sys.executable, "-c", BINARIES], env=variables | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    found = json.loads(process.stdout)
+    assert len(found) == 2 * (len(_cache.KERNELS) + 2) and all(found.values()), found
+
+
 def test_blocks_divide_128_in_all_tables_and_candidates() -> None:
     """The lists of blocks that masks are given as rely on it."""
     tables = list((ROOT / "autotune_cache").glob("*.json"))
@@ -515,7 +559,8 @@ def test_a_budget_ends_before_the_next_key(user: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_found_out_first(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     stopwatch = Stopwatch()
-    with pytest.raises(OptionError, match="cannot be written .*ULYSSES_TRITON_CACHE"):
+    refused = pytest.raises(OptionError, match="cannot be written .*ULYSSES_TRITON_CACHE")
+    with pytest.warns(UserWarning, match="Not a directory"), refused:
         tuner.tune(KEYS, machine(stopwatch), tmp_path / "file" / FILE, HEADS, stream=io.StringIO())
     assert stopwatch.timed == []
 

@@ -64,9 +64,9 @@ def _compiled(problem: trial.Problem, tiles: Sequence[Tiles], machine: Machine) 
     """What each launch compiles to, many at once, or why it does not. All are ready before anything is timed."""
 
     def attempt(each: Tiles) -> Resources | str:
-        launch = trial.prepare(problem, each).launch
+        launches = [trial.prepare(problem, each, other=other).launch for other in problem.variants]
         try:
-            return machine.compile(launch)
+            return [machine.compile(launch) for launch in launches][0]
         except Exception as error:  # Triton raises anything: out of resources, an assertion, a failed pass
             return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
@@ -78,13 +78,12 @@ def _compiled(problem: trial.Problem, tiles: Sequence[Tiles], machine: Machine) 
 
 
 def _errors(gates: Sequence[trial.Problem], tiles: Tiles) -> dict[str, trial.Error]:
-    """Of each result, the error of the problem that comes nearest to what is allowed, or furthest beyond it."""
-    worst: dict[str, trial.Error] = {}
+    """The worst error of each result, over all problems."""
+    errors: dict[str, trial.Error] = {}
     for problem in gates:
         for name, found in trial.gate(problem, tiles).items():
-            if name not in worst or found.error / found.allowed > worst[name].error / worst[name].allowed:
-                worst[name] = found
-    return worst
+            trial.worst(errors, name, found)
+    return errors
 
 
 def named(key: Key) -> str:
