@@ -264,20 +264,21 @@ def test_what_a_launcher_asks_for(kernel: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 WRITER = """
-import sys
-sys.path.insert(0, "tests")
+import json, sys
 from pathlib import Path
-from test_tuning import GPU, KEY, entry, tuner
+from ulysses_triton import tuner
+path, gpu, entry = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
 for i in range(20):
-    tuner.write(Path(sys.argv[1]), GPU, [entry(KEY._replace(kernel=sys.argv[2], seq=1 << i))])
+    tuner.write(path, gpu, [entry | {"seq": 1 << i}])
 """
 
 
 def test_writers_at_once_lose_nothing(user: Path) -> None:
     kernels = ("attend_forward", "attend_dq")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    commands = [[sys.executable, "-c", WRITER, str(user / FILE), kernel] for kernel in kernels]
-    writers = [subprocess.Popen(command, cwd=ROOT, env=environment) for command in commands]
+    entries = [json.dumps(entry(KEY._replace(kernel=kernel))) for kernel in kernels]
+    commands = [[sys.executable, "-c", WRITER, str(user / FILE), GPU, one] for one in entries]
+    writers = [subprocess.Popen(command, env=environment) for command in commands]
     assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
     found = _cache.read(user / FILE)
     assert set(found) == {KEY._replace(kernel=kernel, seq=1 << i) for kernel in kernels for i in range(20)}
@@ -722,12 +723,16 @@ def test_wrong_use_is_2(options: list[str], reason: str, capsys: pytest.CaptureF
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_refuses() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    for interpret, reason in ((None, "tune needs a GPU"), ("1", "unset TRITON_INTERPRET")):
-        variables = environment | ({"TRITON_INTERPRET": interpret} if interpret else {}) | {"PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "ulysses_triton.cli", "tune"]
-        process = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
-        assert process.returncode == 2 and reason in process.stderr, process.stderr
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "ulysses_triton.cli", "tune"]
+    process = subprocess.run(command, env=variables | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert process.returncode == 2 and "tune needs a GPU" in process.stderr and "--interpret" in process.stderr
+
+
+@interpreted
+def test_the_interpreter_is_asked_for_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["tune"]) == 2
+    assert "unset TRITON_INTERPRET, or pass --interpret" in capsys.readouterr().err
 
 
 def test_the_keys_of_a_run() -> None:
