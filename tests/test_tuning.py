@@ -48,6 +48,7 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv(_cache.FOLDER, str(tmp_path / "user"))
     monkeypatch.setattr(_cache, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr(_config, "gpu", lambda device: GPU)
+    monkeypatch.setattr(_config, "architecture", lambda device: "interpreter")
     _config.forget()
     yield tmp_path / "user"
     _config.forget()
@@ -566,7 +567,7 @@ def test_a_folder_that_cannot_be_written_is_found_out_first(tmp_path: Path) -> N
     assert stopwatch.timed == []
 
 
-def test_an_error_of_the_gpu_says_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_gpu_says_what_was_tried(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(problems: object, tiles: object) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
