@@ -31,12 +31,6 @@ def flags(options: Options) -> Flags:
     )
 
 
-def names(options: Options) -> tuple[str, ...]:
-    """The options that are on, sorted: part of the key of a launch configuration."""
-    found = flags(options)._asdict() | {"sinks": options.sinks is not None}
-    return tuple(sorted(name for name, on in found.items() if on))
-
-
 def arguments(options: Options, S: int, Sk: int, *, keys: bool = False) -> dict[str, Any]:
     """The arguments that say which attention it is, for a kernel that holds query tiles, or with `keys` key tiles.
 

@@ -147,6 +147,22 @@ class Options(NamedTuple):
         left, right = self.window or (-1, -1)
         return left, 0 if self.causal else right
 
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Sorted names of the options that are on: what launch configurations are looked up by."""
+        on = {
+            "alibi": self.slopes is not None,
+            "blocks": self.blocks is not None,
+            "causal": self.causal,
+            "documents": self.documents is not None,
+            "dropout": self.dropout is not None,
+            "predicate": self.predicate is not None,
+            "sinks": self.sinks is not None,
+            "softcap": self.softcap is not None,
+            "window": self.window is not None,
+        }
+        return tuple(name for name, is_on in on.items() if is_on)
+
 
 class HeadGrads(NamedTuple):
     """Where the gradients of what is given per head go: `[hq]` fp32 (fp64 beside fp64); None for what is not asked."""

@@ -334,7 +334,7 @@ def attend_backward(
     row_bytes = (D + Dv) * q.element_size()
     dslope = None if heads.slopes is None else torch.zeros(hq, B, S, dtype=torch.float32, device=q.device)
     if dq:
-        tiles = _config.tiles("attend_dq", q, max(D, Dv))
+        tiles = _config.tiles("attend_dq", q, (D, Dv), max(S, Sk), options.flags)
         _config.launch(
             attend_dq_kernel,
             (triton.cdiv(S, tiles["BLOCK_M"]) * B * hq,),
@@ -351,7 +351,7 @@ def attend_backward(
             **tiles,
         )
     if dkv:
-        tiles = _config.tiles("attend_dkv", q, max(D, Dv))
+        tiles = _config.tiles("attend_dkv", q, (D, Dv), max(S, Sk), options.flags)
         _config.launch(
             attend_dkv_kernel,
             (triton.cdiv(Sk, tiles["BLOCK_N"]) * B * hkv,),

@@ -186,7 +186,7 @@ def attend_forward(
     u, out_unit = unit(q, k, v), unit(*o)  # o may lie in a user's tensor, whose heads are not padded
     given = arguments(options._replace(scale=abs(options.scale)), S, Sk)  # of -q where it is negative
     given["qk_scale"] = max(given["qk_scale"], 1e-30)  # not 0: masked scores are -inf
-    tiles = _config.tiles("attend_forward", q, max(D, Dv))
+    tiles = _config.tiles("attend_forward", q, (D, Dv), max(S, Sk), options.flags)
     n_tiles = triton.cdiv(S, tiles["BLOCK_M"])
     _config.launch(
         attend_forward_kernel,

@@ -177,7 +177,7 @@ def pack(q: Tensor, k: Tensor, v: Tensor, to: Sequence[QKVRows], transform: Tran
     tf = transform or Transform()
     cos, sin, rope_unit, stride_r = rope_arguments(tf)
     n_units, units, u = _pack_units(qkv_places(to), (L, Lk, Lk), B, q.dtype, unit(q, k, v), q.device)
-    tiles = _config.tiles("pack", q, max(D, Dv))
+    tiles = _config.tiles("pack", q, (D, Dv), _config.SHARD)
     _config.launch(
         _pack_kernel,
         (n_units * triton.cdiv(max(L, Lk), tiles["BLOCK_T"]), B),
@@ -203,7 +203,7 @@ def pack_grad(do: Tensor, o: Tensor | None, dlse: Tensor | None, to: Sequence[OR
     o = o if has_delta else None
     assert not has_delta or (o is not None and all(rows.stat is not None for rows in to)), "delta for all ranks or none"
     n_units, units, u = o_units(o_places(to), do.dtype, (L, B), unit(do, *(() if o is None else (o,))), do.device)
-    tiles = _config.tiles("pack_grad", do, Dv)
+    tiles = _config.tiles("pack_grad", do, (Dv, Dv), _config.SHARD)
     _config.launch(
         _pack_grad_kernel,
         (n_units * triton.cdiv(L, tiles["BLOCK_T"]), B),

@@ -187,7 +187,7 @@ def unpack(rows: Sequence[ORows], out: Tensor, lse: Tensor | None) -> None:
     B, L, _, Dv = out.shape
     assert lse is None or all(r.stat is not None for r in rows), "an LSE is asked for that the rows do not carry"
     n_units, units, u = o_units(o_places(rows), out.dtype, (L, B), unit(out), out.device)
-    tiles = _config.tiles("unpack", out, Dv)
+    tiles = _config.tiles("unpack", out, (Dv, Dv), _config.SHARD)
     _config.launch(
         _unpack_kernel,
         (n_units * triton.cdiv(L, tiles["BLOCK_T"]), B),
@@ -214,7 +214,7 @@ def unpack_grad(
     units, sources, u = _grad_units(qkv_places(rows), (Hq, Hkv, Hkv), (L, Lk, Lk), B, dq.dtype, u, dq.device)
     n_units = Hq + 2 * Hkv
     cos, sin, rope_unit, stride_r = rope_arguments(tf)
-    tiles = _config.tiles("unpack_grad", dq, max(D, Dv))
+    tiles = _config.tiles("unpack_grad", dq, (D, Dv), _config.SHARD)
     n_blocks = triton.cdiv(max(L, Lk), tiles["BLOCK_T"])
     dq_norm = None if tf.q_norm is None else dq.new_empty(Hq, B, n_blocks, D, dtype=torch.float32)
     dk_norm = None if tf.k_norm is None else dq.new_empty(Hkv, B, n_blocks, D, dtype=torch.float32)

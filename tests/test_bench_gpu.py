@@ -27,7 +27,7 @@ PARTS = ("check", "move", "attend", "layer")
 DRY_RUN = """
 import sys
 
-for name in ("hypothesis", "matplotlib", "pytest", "tqdm"):  # not on every machine with a GPU
+for name in ("hypothesis", "matplotlib", "platformdirs", "pytest", "tqdm"):  # not on every machine with a GPU
     sys.modules[name] = None
 
 from bench import gpu

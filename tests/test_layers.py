@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent / "ulysses_triton"
 LAYERS: dict[str, tuple[str, ...]] = {
     "kernels": (
         "kernels._blocks",
+        "kernels._cache",
         "kernels._config",
         "kernels._documents",
         "kernels._dropout",
@@ -47,7 +48,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "exchange.torch_dist",
         "exchange.virtual",
     ),
-    "engine": ("call", "executor", "group", "halves", "local", "op"),
+    "engine": ("call", "executor", "group", "halves", "local", "memo", "op"),
     "face": (
         "",  # __init__
         "__main__",
@@ -55,8 +56,12 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "case",
         "cli",
         "cost",
+        "machine",
+        "packed",
         "shard",
+        "trial",
         "truth",
+        "tuner",
         "tuning",
         "verify",
         "integrations.*",

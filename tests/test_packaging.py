@@ -178,7 +178,7 @@ def test_the_sdist_has_files_for_links_and_no_tests(sdist: Path) -> None:
 def test_requirements_are_the_ranges_that_are_promised(wheel: Path) -> None:
     (info,) = importlib.metadata.distributions(path=[str(wheel)])
     requires = [r for r in info.requires or [] if "extra" not in r]
-    assert sorted(requires) == ["numpy", "torch>=2.11", "triton>=3.6"]
+    assert sorted(requires) == ["filelock", "numpy", "platformdirs", "torch>=2.11", "triton>=3.6"]
     assert info.metadata["License-Expression"] == "Apache-2.0"
     assert {"cuda12", "cuda13", "train", "plot", "hf", "dev"} == set(info.metadata.get_all("Provides-Extra") or [])
     assert [(s.name, s.value) for s in info.entry_points] == [("ulysses-triton", "ulysses_triton.cli:main")]

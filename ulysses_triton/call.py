@@ -18,6 +18,7 @@ from .errors import DeviceError, DtypeError, OptionError, ShapeError, UlyssesErr
 from .executor import Inputs
 from .group import UlyssesGroup, by_name
 from .kernels._blocks import BLOCK
+from .kernels._config import fingerprint
 from .kernels._views import Documents, Dropout, Predicate, Transform
 from .local import choose
 from .placement import place
@@ -154,7 +155,9 @@ def describe(group: UlyssesGroup, call: Call) -> tuple[Problem, Inputs]:
     _check_masks(call, problem)
     place(problem)
     chosen = choose(problem).name
-    problem = replace(problem, attention=chosen if call.attention != "callable" else "callable")
+    if call.attention == "callable":
+        chosen = "callable"
+    problem = replace(problem, attention=chosen, tuning=fingerprint(problem.device) if chosen == "triton" else "")
     tables = call.q_documents, call.k_documents
     return problem, Inputs(
         q,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import verify
+from . import tuning, verify
 from .errors import OptionError, UlyssesError
 from .training import compare, data, launch, loop, report, run_directory
 from .training.config import DEFAULT_STAGES, ModelConfig, Stage, TrainConfig, from_json
@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_train(commands)
     verify.add_command(commands)
+    tuning.add_command(commands)
     return parser
 
 

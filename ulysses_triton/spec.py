@@ -51,6 +51,7 @@ class Problem:
     recompute: bool = False
     return_lse: bool = False
     grad: bool = False
+    tuning: str = ""  # of the launch configurations in force, where kernels attend: the rank's own
 
     @property
     def seq(self) -> int:
@@ -149,8 +150,15 @@ def differences(signatures: Sequence[str]) -> str:
             ranks.setdefault(pairs.get(key, "nothing"), []).append(rank)
         if len(ranks) > 1:
             by_size = sorted(ranks.items(), key=lambda item: (len(item[1]), item[1]))
-            lines.append(f"{key}: " + ", ".join(f"{_ranks(who)} {value}" for value, who in by_size))
+            remedy = _REMEDIES.get(key, "")
+            lines.append(f"{key}: " + ", ".join(f"{_ranks(who)} {value}" for value, who in by_size) + remedy)
     return "; ".join(lines)
+
+
+_REMEDIES = {
+    "tuning": " (launch configurations; `ulysses-triton tune` under torchrun gives all hosts the same, and so does one "
+    "folder for all in ULYSSES_TRITON_CACHE)"
+}
 
 
 def _ranks(ranks: list[int]) -> str:
