@@ -21,6 +21,7 @@ ATTENTION = {
     "bf16 D=128 softcap": {"softcap": 50.0},
     "bf16 D=128 window softcap": {"window": (128, 0), "softcap": 50.0},
     "bf16 D=128 partial": {"partial": True},
+    "bf16 D=32 causal": {"D": 32},
     "bf16 D=64 causal": {"D": 64},
     "bf16 D=64 dense": {"D": 64, "causal": False},
     "bf16 D=64 window": {"D": 64, "window": (128, 0)},

@@ -41,6 +41,11 @@ class GPU:
     tensor_memory: int = 0  # columns per processor
 
     @property
+    def shared_per_block(self) -> int:
+        """Bytes that one block may have."""
+        return self.shared - self.shared_reserved
+
+    @property
     def bytes_per_clock(self) -> float:
         """What memory gives to each processor."""
         return self.bandwidth / self.processors / self.clock

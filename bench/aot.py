@@ -61,8 +61,6 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes per block
-TENSOR_MEMORY_COLUMNS = 512  # sm_100
 MMA = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}  # of 16-bit operands
 PRODUCTS = {  # of a tile of scores with a matrix of D channels, and with one of Dv channels
     "attend_forward_kernel": (1, 1),
@@ -111,11 +109,11 @@ class Report:
 
     def problems(self) -> list[str]:
         """Why this kernel could not be launched. Triton does not reject a kernel over the budget of its GPU."""
-        found = []
-        if self.shared > SHARED_LIMIT[self.target]:
-            found.append(f"{self.shared} bytes of shared memory, {SHARED_LIMIT[self.target]} are there")
-        if self.tensor_memory > TENSOR_MEMORY_COLUMNS:
-            found.append(f"{self.tensor_memory} columns of tensor memory, {TENSOR_MEMORY_COLUMNS} are there")
+        found, gpu = [], GPUS[self.target]
+        if self.shared > gpu.shared_per_block:
+            found.append(f"{self.shared} bytes of shared memory, {gpu.shared_per_block} are there")
+        if self.tensor_memory > gpu.tensor_memory:
+            found.append(f"{self.tensor_memory} columns of tensor memory, {gpu.tensor_memory} are there")
         if not self.blocks and not found:
             found.append(f"{self.warps} warps with {self.registers} registers per thread do not fit")
         return found
@@ -156,9 +154,8 @@ def compile_launch(launch: Launch, target: str) -> Report:
     amd, gpu, warps = target.startswith("gfx"), GPUS[target], compiled.metadata.num_warps
     text = compiled.asm["amdgcn" if amd else "ptx"]
     code, resources = (text, _amd_resources(text)) if amd else _nvidia_resources(compiled.asm["cubin"])
-    resources["shared"] = compiled.metadata.shared
-    resources["tensor_memory"] = getattr(compiled.metadata, "tmem_size", None) or 0
-    fit = {name: resources[name] for name in ("registers", "shared", "tensor_memory")}
+    shared, tensor_memory = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", 0)
+    fit = {"registers": resources["registers"], "shared": shared, "tensor_memory": tensor_memory}
     work = _machine_code.work(code)
     share, waste = _predict(launch, gpu, work, warps)
     return Report(
@@ -167,6 +164,8 @@ def compile_launch(launch: Launch, target: str) -> Report:
         wanted_mma=_wanted_mma(launch, target),
         warps=warps,
         **resources,
+        shared=shared,
+        tensor_memory=tensor_memory,
         mma=tuple(sorted(set(re.findall(r"mma\.sync|wgmma(?=\.mma_async)|tcgen05\.mma|v_mfma", text)))),
         accesses=dict(sorted(Counter(name for name, _ in accesses(text)).items())),
         scalar_rows=dict(sorted(scalar_rows(text, compiled.asm["ttir"]).items())),
@@ -254,7 +253,7 @@ HEADER = (
 def row(name: str, r: Report) -> str:
     """One line of the table, and one more for each fault."""
     counts = [f"{n:{width}}" for n, width in zip(r.instructions.values(), (5, 5, 6, 5, 5, 6), strict=True)]
-    shared = f"{r.shared}/{SHARED_LIMIT[r.target]}"
+    shared = f"{r.shared}/{GPUS[r.target].shared_per_block}"
     kind = ",".join(r.mma) or "-"
     share = f"{r.share[0]:.0%}-{r.share[1]:.0%}"
     waste = "" if r.waste is None else f"{r.waste:.0%}"
@@ -286,8 +285,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             for report in batch:
                 found.append((name, report))
                 print(row(name, report), flush=True)
+    where = len({report.target for _, report in found})
     faulty = sum(bool(report.faults()) for _, report in found)
-    print(f"{len(found)} kernels compiled for {len(targets)} targets, {faulty} with faults")
+    print(f"{len(found)} kernels compiled for {where} targets, {faulty} with faults")
     if args.json:
         records = [{"case": name} | asdict(r) | {"occupancy": r.occupancy, "faults": r.faults()} for name, r in found]
         args.json.write_text(json.dumps(records, indent=1) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the benches are in no package that is installed
 
-from bench import _accesses, _machine_code, _roofline  # noqa: E402
+from bench import _accesses, _machine_code, _roofline, aot  # noqa: E402
 
 sys.path.remove(str(ROOT))  # where `kernels` would pass for another project's package
 
@@ -167,9 +168,43 @@ def test_the_worked_example_of_the_prediction() -> None:
     assert _roofline.share_of_peak(_roofline.GPUS["sm_90"], work, 8, flops // 2, flops, 2)[1] == 0.5
 
 
+def test_limits_of_a_block_are_those_of_the_manuals() -> None:
+    limits = {name: gpu.shared_per_block >> 10 for name, gpu in _roofline.GPUS.items()}
+    assert limits == {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+
+
 def test_peaks_are_those_of_the_datasheets() -> None:
     tera = {n: gpu.processors * gpu.clock * gpu.flops[2] / 1e3 for n, gpu in _roofline.GPUS.items()}
     assert tera == pytest.approx({"sm_80": 312, "sm_90": 989.4, "sm_100": 2250, "gfx942": 1307.4}, rel=5e-3)
+
+
+GOOD = aot.Report(
+    kernel="attend_dq_kernel", target="sm_100", wanted_mma="tcgen05.mma", warps=8, registers=200, spill_stores=0,
+    spill_loads=0, shared=227 << 10, tensor_memory=512, mma=("tcgen05.mma",), accesses={"ld.global.v4.b32": 4},
+    scalar_rows={}, instructions=dict.fromkeys(_machine_code.CLASSES, 1), is_loop=True, blocks=1,
+    share=(0.4, 0.9), waste=None,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (dict(), None),
+        (dict(shared=(227 << 10) + 1), "232449 bytes of shared memory, 232448 are there"),
+        (dict(tensor_memory=1024), "1024 columns of tensor memory, 512 are there"),
+        (dict(blocks=0), "8 warps with 200 registers per thread do not fit"),
+        (dict(mma=("mma.sync",)), "no tcgen05.mma"),
+        (dict(mma=(), wanted_mma=None), None),  # fp32
+        (dict(spill_stores=1), "1 spills, 0 allowed"),
+        (dict(spill_stores=8, kernel="attend_dkv_kernel"), None),
+        (dict(spill_stores=9, kernel="attend_dkv_kernel"), "9 spills, 8 allowed"),
+        (dict(scalar_rows={"ld.global.b16 at _rows.py:48": 2}), "scalar ld.global.b16 at _rows.py:48 x2"),
+    ],
+)
+def test_faults(change: dict, fault: str | None) -> None:
+    report = replace(GOOD, **change)
+    assert report.faults() == ([fault] if fault else [])
+    assert ("FAULT" in aot.row("case", report)) == bool(fault)
 
 
 def test_scalar_accesses_of_rows_are_told_from_those_of_one_number_per_row() -> None:
