@@ -1,11 +1,25 @@
-"""Compile launches ahead of time for GPUs that need not be present, and report what the compiler made of them.
+"""Every kernel x configuration x target, compiled for GPUs that need not be present: a table of what came out.
 
 `_config.capture` records exactly what a launcher would launch on an architecture; `compile_launch` specialises the
-recorded arguments as Triton's JIT would (16-byte aligned pointers, integers by value unless `do_not_specialize`) and
-reads registers, spills, shared memory, matrix instructions and the widths of global accesses from the result. Triton
-does not reject a kernel over the budget of its GPU: `Report.problems` does.
+recorded arguments as Triton's JIT would (16-byte aligned pointers, integers by value unless `do_not_specialize`),
+compiles them and reads the result. The columns:
 
-    python -m bench.aot [--targets sm_90,gfx942] [--cases bf16]
+    regs, spills     registers per thread; spill stores/loads in the program text, on AMD registers/loads
+    shared, tmem     bytes of shared memory per block of those that a block may have; columns of tensor memory (sm_100)
+    kind             matrix instructions
+    mma exp float int mem other
+                     instructions of a warp per tile in the steady state, by class (`_machine_code`); "~" where the
+                     kernel has no inner loop and a tile is all of it
+    occ              warps that fit into an SM or CU at a time, of those it could hold (`_roofline`)
+    roofline         share of the peak (or of the bandwidth, for kernels without matrix products) predicted from all of
+                     that, between no overlap of pipes and perfect overlap; not measured
+    waste            matrix operations beyond those asked for: heads padded to a power of two, tiles too small for the
+                     warps, which then compute the same; only where instructions say their shape
+
+The exit status is 1 if a kernel cannot be launched, does not use the matrix instructions of its architecture, accesses
+rows element by element although their strides are aligned (`_accesses`), or spills more than `SPILLS` allows.
+
+    python -m bench.aot [--targets sm_90,gfx942] [--cases bf16] [--kernels dkv] [--json FILE] [--processes 2]
 
 must run with TRITON_INTERPRET unset, since Triton decides that when kernels are decorated.
 """
@@ -13,16 +27,20 @@ must run with TRITON_INTERPRET unset, since Triton decides that when kernels are
 from __future__ import annotations
 
 import argparse
+import json
+import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -30,11 +48,12 @@ from triton.runtime.jit import create_function_from_signature
 
 from ulysses_triton.kernels import _config
 from ulysses_triton.kernels._config import Launch
-from ulysses_triton.kernels._views import HeadMap, Options, ORows, QKVRows, Span, Transform
-from ulysses_triton.kernels.attend_backward import attend_backward
-from ulysses_triton.kernels.attend_forward import attend_forward
-from ulysses_triton.kernels.pack import pack, pack_grad
-from ulysses_triton.kernels.unpack import unpack, unpack_grad
+
+from . import _machine_code, _roofline
+from ._accesses import accesses, is_narrow, is_scalar, scalar_rows
+from ._aot_cases import attention_case, cases, movement_case  # noqa: F401 (of this module for its users)
+from ._machine_code import Work
+from ._roofline import GPU, GPUS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -42,11 +61,13 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes per block
-TENSOR_MEMORY_COLUMNS = 512  # sm_100
 MMA = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}  # of 16-bit operands
-
-Case = tuple[str, Callable[[], None]]
+PRODUCTS = {  # of a tile of scores with a matrix of D channels, and with one of Dv channels
+    "attend_forward_kernel": (1, 1),
+    "attend_dq_kernel": (2, 1),
+    "attend_dkv_kernel": (2, 2),
+}
+SPILLS = {"attend_forward_kernel": 0, "attend_dq_kernel": 0, "attend_dkv_kernel": 8}
 
 
 @dataclass(frozen=True)
@@ -55,32 +76,56 @@ class Report:
 
     kernel: str
     target: str
+    wanted_mma: str | None  # kind of matrix instructions that it should use
+    warps: int  # per block
     registers: int  # per thread
     spill_stores: int  # instructions in the program text; on AMD the number of spilled vector registers
     spill_loads: int
     shared: int  # bytes per block
     tensor_memory: int  # columns, sm_100 only
-    mma: frozenset[str]  # kinds of matrix instructions
+    mma: tuple[str, ...]  # kinds of matrix instructions
     accesses: dict[str, int]  # global loads and stores by instruction and width, e.g. `ld.global.v4.b32`
+    scalar_rows: dict[str, int]  # those that access rows element by element, with their lines
+    instructions: dict[str, int]  # of a warp per tile, by class
+    is_loop: bool  # those of the inner loop; else of all of the kernel
+    blocks: int  # that fit into a processor
+    share: tuple[float, float]  # of the roofline, predicted
+    waste: float | None  # matrix operations done for each one asked for, less 1
 
     @property
     def scalar(self) -> dict[str, int]:
-        """The accesses of 16 or 32 bits per thread that are not vectors."""
-        return {name: n for name, n in self.accesses.items() if _is_scalar(name)}
+        """The accesses of at most 32 bits per thread."""
+        return {name: n for name, n in self.accesses.items() if is_scalar(name)}
 
     @property
     def narrow(self) -> dict[str, int]:
         """The accesses of at most 16 bits per thread."""
-        return {name: n for name, n in self.accesses.items() if _is_narrow(name)}
+        return {name: n for name, n in self.accesses.items() if is_narrow(name)}
+
+    @property
+    def occupancy(self) -> float:
+        """Warps that fit into a processor at a time, of those it could hold."""
+        return self.blocks * self.warps / GPUS[self.target].max_warps
 
     def problems(self) -> list[str]:
-        """Why this kernel could not be launched."""
-        found = []
-        if self.shared > SHARED_LIMIT[self.target]:
-            found.append(f"{self.shared} bytes of shared memory, {SHARED_LIMIT[self.target]} are there")
-        if self.tensor_memory > TENSOR_MEMORY_COLUMNS:
-            found.append(f"{self.tensor_memory} columns of tensor memory, {TENSOR_MEMORY_COLUMNS} are there")
+        """Why this kernel could not be launched. Triton does not reject a kernel over the budget of its GPU."""
+        found, gpu = [], GPUS[self.target]
+        if self.shared > gpu.shared_per_block:
+            found.append(f"{self.shared} bytes of shared memory, {gpu.shared_per_block} are there")
+        if self.tensor_memory > gpu.tensor_memory:
+            found.append(f"{self.tensor_memory} columns of tensor memory, {gpu.tensor_memory} are there")
+        if not self.blocks and not found:
+            found.append(f"{self.warps} warps with {self.registers} registers per thread do not fit")
         return found
+
+    def faults(self) -> list[str]:
+        """What a shipped configuration may not do, for rows with aligned strides."""
+        found = self.problems()
+        if self.wanted_mma and self.wanted_mma not in self.mma:
+            found.append(f"no {self.wanted_mma}")
+        if self.spill_stores > SPILLS.get(self.kernel, self.spill_stores):
+            found.append(f"{self.spill_stores} spills, {SPILLS[self.kernel]} allowed")
+        return found + [f"scalar {name} x{n}" for name, n in self.scalar_rows.items()]
 
 
 def capture(target: str, call: Callable[[], None]) -> list[Launch]:
@@ -106,20 +151,57 @@ def compile_launch(launch: Launch, target: str) -> Report:
     """Compile a recorded launch for one of `TARGETS`."""
     source, options = specialise(launch, target)
     compiled = triton.compile(source, target=TARGETS[target], options=options)
-    text = compiled.asm["amdgcn" if target.startswith("gfx") else "ptx"]
-    resources = _amd_resources(text) if target.startswith("gfx") else _nvidia_resources(compiled.asm["cubin"])
+    amd, gpu, warps = target.startswith("gfx"), GPUS[target], compiled.metadata.num_warps
+    text = compiled.asm["amdgcn" if amd else "ptx"]
+    code, resources = (text, _amd_resources(text)) if amd else _nvidia_resources(compiled.asm["cubin"])
+    shared, tensor_memory = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", 0)
+    fit = {"registers": resources["registers"], "shared": shared, "tensor_memory": tensor_memory}
+    work = _machine_code.work(code)
+    share, waste = _predict(launch, gpu, work, warps)
     return Report(
         kernel=launch.kernel.__name__,
         target=target,
+        wanted_mma=_wanted_mma(launch, target),
+        warps=warps,
         **resources,
-        shared=compiled.metadata.shared,
-        tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
-        mma=frozenset(re.findall(r"mma\.sync|wgmma(?=\.mma_async)|tcgen05\.mma|v_mfma", text)),
-        accesses=dict(sorted(Counter(_accesses(text)).items())),
+        shared=shared,
+        tensor_memory=tensor_memory,
+        mma=tuple(sorted(set(re.findall(r"mma\.sync|wgmma(?=\.mma_async)|tcgen05\.mma|v_mfma", text)))),
+        accesses=dict(sorted(Counter(name for name, _ in accesses(text)).items())),
+        scalar_rows=dict(sorted(scalar_rows(text, compiled.asm["ttir"]).items())),
+        instructions=work.classes,
+        is_loop=work.is_loop,
+        blocks=_roofline.blocks(gpu, warps=warps, **fit),
+        share=share,
+        waste=waste,
     )
 
 
-def _nvidia_resources(cubin: bytes) -> dict[str, int]:
+def _wanted_mma(launch: Launch, target: str) -> str | None:
+    attends = launch.kernel.__name__ in PRODUCTS
+    return MMA[target] if attends and launch.args["q_ptr"].element_size() == 2 else None
+
+
+def _predict(launch: Launch, gpu: GPU, work: Work, warps: int) -> tuple[tuple[float, float], float | None]:
+    """Share of the roofline, and waste."""
+    if launch.kernel.__name__ not in PRODUCTS:
+        return _roofline.share_of_bandwidth(gpu, work, warps), None
+    asked, element = _flops(launch, "D", "DV"), launch.args["q_ptr"].element_size()
+    if work.matrix_flops is None:
+        padded = _flops(launch, "BLOCK_D", "BLOCK_DV")
+        return _roofline.share_of_peak(gpu, work, warps, asked, padded, element), None
+    done = work.matrix_flops * warps
+    return _roofline.share_of_peak(gpu, work, warps, asked, done, element), done / asked - 1
+
+
+def _flops(launch: Launch, dim: str, dim_v: str) -> int:
+    """Operations of the matrix products of one tile, with heads as wide as the arguments of these names say."""
+    with_d, with_dv = PRODUCTS[launch.kernel.__name__]
+    args = launch.args
+    return 2 * args["BLOCK_M"] * args["BLOCK_N"] * (with_d * args[dim] + with_dv * args[dim_v])
+
+
+def _nvidia_resources(cubin: bytes) -> tuple[str, dict[str, int]]:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
@@ -127,7 +209,7 @@ def _nvidia_resources(cubin: bytes) -> dict[str, int]:
         usage = subprocess.run([tools / "cuobjdump", "-res-usage", path], capture_output=True, text=True, check=True)
         code = subprocess.run([tools / "nvdisasm", "-c", path], capture_output=True, text=True, check=True).stdout
     (registers,) = set(re.findall(r"REG:(\d+)", usage.stdout + usage.stderr))
-    return {
+    return code, {
         "registers": int(registers),
         "spill_stores": len(re.findall(r"\bSTL\b", code)),
         "spill_loads": len(re.findall(r"\bLDL\b", code)),
@@ -145,139 +227,72 @@ def _amd_resources(text: str) -> dict[str, int]:
     }
 
 
-def _accesses(text: str) -> Iterator[str]:
-    """Every global load and store in PTX or amdgcn, named by instruction and width."""
-    for name in re.findall(r"\b(?:ld|st)\.[\w.:]*global[\w.:]*", text):
-        parts = [part for part in name.split(".") if re.fullmatch(r"ld|st|global|v[248]|[busf]\d+", part)]
-        yield ".".join(parts)
-    for size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global[\w.:]*\s+\[[^]]*\],\s*\[[^]]*\],\s*(\w+)", text):
-        yield f"cp.async.{int(size, 0)}"
-    yield from re.findall(r"\b(?:global|buffer)_(?:load|store)_\w+", text)
+def _reports(job: tuple[str, str, str]) -> list[Report]:
+    """What the launches of a case compile to for a target, for the kernels whose name contains something."""
+    name, target, kernels = job
+    launches = capture(target, dict(cases())[name])
+    return [compile_launch(launch, target) for launch in launches if kernels in launch.kernel.__name__]
 
 
-def _is_scalar(name: str) -> bool:
-    if name.startswith("cp.async."):
-        return int(name.split(".")[-1]) <= 4
-    if name.startswith(("ld", "st")):
-        return ".v" not in name and int(re.findall(r"\d+$", name)[0]) <= 32
-    return re.search(r"x[234]|_b(64|96|128)", name) is None
+@contextmanager
+def _mapping(processes: int) -> Iterator[Callable[..., Iterable[list[Report]]]]:
+    """`map` over so many processes, or over none but this one."""
+    if not processes:
+        yield map
+        return
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        yield pool.map
 
 
-def _is_narrow(name: str) -> bool:
-    if name.startswith(("ld", "st")):
-        return ".v" not in name and int(re.findall(r"\d+$", name)[0]) <= 16
-    return re.search(r"_(u|s)?(byte|short)|_(u|i|b)(8|16)|d16", name) is not None
+HEADER = (
+    f"{'case':33} {'kernel':14} {'target':6} {'regs':>4} {'spills':>6} {'shared':>13} {'tmem':>4} {'kind':11} "
+    f"{'mma':>5}{'exp':>5}{'float':>6}{'int':>5}{'mem':>5}{'other':>6}   {'occ':>4} {'roofline':>9} {'waste':>5}"
+)
 
 
-def attention_case(
-    dtype: torch.dtype = torch.bfloat16, *, D: int = 128, Dv: int | None = None, causal: bool = True, S: int = 512,
-    hq: int = 4, hkv: int = 2, lse: bool = True, partial: bool = False, padding: int = 16,
-    window: tuple[int, int] | None = None, softcap: float | None = None,
-) -> tuple[Callable[[], None], Callable[[], None]]:  # fmt: skip
-    """Forward and backward of one attention over packed rows, as callables; `partial` asks for dk and dv in fp32."""
-    Dv = Dv or D
-    options = Options(D**-0.5, causal, HeadMap(hq // hkv, 0), window, softcap)
-
-    def packed(heads: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
-        each = (dim + 7) // 8 * 8  # as heads lie in the rows of a group
-        rows = torch.empty(S, 1, heads * each + padding, dtype=dtype)
-        return rows[..., : heads * each].unflatten(-1, (heads, each))[..., :dim]
-
-    q, k, v, o = packed(hq, D, dtype), packed(hkv, D, dtype), packed(hkv, Dv, dtype), packed(hq, Dv, dtype)
-    sum_dtype = torch.float32 if partial else dtype
-    dk, dv = packed(hkv, D, sum_dtype), packed(hkv, Dv, sum_dtype)
-    stat, delta = torch.empty(hq, 1, S), packed(hq, 1, torch.float32)[..., 0]
-
-    def forward() -> None:
-        attend_forward(q, k, v, [Span(0, (o, None))], stat if lse else None, options)
-
-    def backward() -> None:
-        attend_backward(q, k, v, o, stat, delta, [Span(0, (q,))], [Span(0, (dk, dv))], options)
-
-    return forward, backward
+def row(name: str, r: Report) -> str:
+    """One line of the table, and one more for each fault."""
+    counts = [f"{n:{width}}" for n, width in zip(r.instructions.values(), (5, 5, 6, 5, 5, 6), strict=True)]
+    shared = f"{r.shared}/{GPUS[r.target].shared_per_block}"
+    kind = ",".join(r.mma) or "-"
+    share = f"{r.share[0]:.0%}-{r.share[1]:.0%}"
+    waste = "" if r.waste is None else f"{r.waste:.0%}"
+    line = (
+        f"{name:33} {r.kernel.strip('_').removesuffix('_kernel'):14} {r.target:6} {r.registers:4} "
+        f"{f'{r.spill_stores}/{r.spill_loads}':>6} {shared:>13} {r.tensor_memory or '':>4} {kind:11} "
+        f"{''.join(counts)} {' ' if r.is_loop else '~'} {r.occupancy:4.0%} {share:>9} {waste:>5}"
+    )
+    return "\n".join([line.rstrip(), *(f"    FAULT: {fault}" for fault in r.faults())])
 
 
-def movement_case(
-    dtype: torch.dtype = torch.bfloat16, *, D: int = 128, rope_dim: int = 0, interleaved: bool = False,
-    wide: bool = False, norm: bool = False, partial: bool = True, L: int = 512,
-) -> dict[str, Callable[[], None]]:  # fmt: skip
-    """The four layout kernels: a fused projection's 8 query and 2 kv heads on 2 ranks; `partial`: fp32 dk and dv."""
-    Hq, Hkv = 8, 2
-    q, k, v = torch.empty(1, L, Hq + 2 * Hkv, D, dtype=dtype).split([Hq, Hkv, Hkv], 2)
-    cos = torch.empty(1, L, rope_dim if wide else rope_dim // 2) if rope_dim else None
-    weight = torch.empty(D, dtype=dtype) if norm else None
-    transform = Transform(cos, cos, rope_dim, interleaved, weight, weight)
-    o, lse = torch.empty(1, L, Hq, D, dtype=dtype), torch.empty(1, L, Hq)
-    rows, gradients, o_rows = [], [], []
-    for rank in range(2):
-        r_q, r_k, r_v = torch.empty(L, 1, 6, D, dtype=dtype).split([4, 1, 1], 2)
-        rows.append(QKVRows(r_q, r_k, r_v, 4 * rank, rank))
-        sums = torch.empty(2, L, 1, Hkv, D, dtype=torch.float32 if partial else dtype)
-        gradients.append(QKVRows(r_q, sums[0], sums[1], 4 * rank, 0))
-        o_rows.append(ORows(torch.empty(L, 1, 4, D, dtype=dtype), torch.empty(L, 1, 4), 4 * rank))
-
-    def unpack_gradients() -> None:
-        unpack_grad(gradients, q, k, torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), transform)
-
-    return {
-        "pack": lambda: pack(q, k, v, rows, transform),
-        "unpack_grad": unpack_gradients,
-        "pack_grad": lambda: pack_grad(o, o, lse, o_rows),
-        "unpack": lambda: unpack(o_rows, o, lse),
-    }
-
-
-def cases() -> Iterator[Case]:
-    """Every launch that the table shows."""
-    for label, options in {
-        "bf16 D=128 causal": {},
-        "bf16 D=128 dense": {"causal": False},
-        "bf16 D=128 window": {"window": (128, 0)},
-        "bf16 D=128 causal softcap": {"softcap": 50.0},
-        "bf16 D=128 window softcap": {"window": (128, 0), "softcap": 50.0},
-        "bf16 D=64 causal": {"D": 64},
-        "bf16 D=192/128 causal": {"D": 192, "Dv": 128},
-        "bf16 D=256 causal": {"D": 256},
-        "fp32 D=128 causal": {"dtype": torch.float32},
-        "fp32 D=256 causal": {"dtype": torch.float32, "D": 256},
-    }.items():
-        forward, backward = attention_case(**options)
-        yield f"{label} forward", forward
-        yield f"{label} backward", backward
-    for D in (64, 96, 128, 256):
-        for kernel, call in movement_case(D=D).items():
-            yield f"bf16 D={D} {kernel}", call
-        for label, transform in {
-            "half": {"rope_dim": D, "norm": True},
-            "inter": {"rope_dim": D, "norm": True, "interleaved": True},
-            "half part": {"rope_dim": D // 2, "wide": True},
-            "inter part": {"rope_dim": D // 2, "wide": True, "interleaved": True},
-        }.items():
-            calls = movement_case(D=D, **transform)
-            for kernel in ("pack", "unpack_grad"):
-                yield f"bf16 D={D} {kernel} {label}", calls[kernel]
-
-
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     assert not _config.INTERPRET, "unset TRITON_INTERPRET: interpreted kernels cannot be compiled"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated")
     parser.add_argument("--cases", default="", help="only cases whose name contains this")
-    args = parser.parse_args()
-    notes = "mma; scalar accesses; problems"
-    print(f"{'case':32} {'kernel':24} {'target':8} {'regs':>4} {'spills':>9} {'shared':>7}  {notes}")
-    for name, call in cases():
-        if args.cases not in name:
-            continue
-        for target in args.targets.split(","):
-            for launch in capture(target, call):
-                r = compile_launch(launch, target)
-                spills = f"{r.spill_stores}/{r.spill_loads}"
-                scalar = ", ".join(f"{n} x{c}" for n, c in r.scalar.items()) or "-"
-                notes = "; ".join([",".join(sorted(r.mma)) or "no mma", scalar, *r.problems()])
-                numbers = f"{r.registers:4} {spills:>9} {r.shared:7}"
-                print(f"{name:32} {r.kernel:24} {target:8} {numbers}  {notes}", flush=True)
+    parser.add_argument("--kernels", default="", help="only kernels whose name contains this")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers there")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile side by side; 0: this one")
+    args = parser.parse_args(argv)
+    targets = args.targets.split(",")
+    if unknown := set(targets) - set(TARGETS):
+        parser.error(f"unknown targets {sorted(unknown)}: there are {list(TARGETS)}")
+    jobs = [(name, target, args.kernels) for name, _ in cases() if args.cases in name for target in targets]
+    found: list[tuple[str, Report]] = []
+    print(HEADER)
+    with _mapping(args.processes) as apply:
+        for (name, *_), batch in zip(jobs, apply(_reports, jobs), strict=True):
+            for report in batch:
+                found.append((name, report))
+                print(row(name, report), flush=True)
+    where = len({report.target for _, report in found})
+    faulty = sum(bool(report.faults()) for _, report in found)
+    print(f"{len(found)} kernels compiled for {where} targets, {faulty} with faults")
+    if args.json:
+        records = [{"case": name} | asdict(r) | {"occupancy": r.occupancy, "faults": r.faults()} for name, r in found]
+        args.json.write_text(json.dumps(records, indent=1) + "\n")
+    return int(faulty > 0 or not found)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
