@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from .spec import Problem
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 EPS = 1e-6  # of QK-norm
+DROPOUT_SEED = (5 << 40) + (3 << 31) + 12345  # with something in both of its words
+PER_HEAD = ("dsinks", "dslopes")  # of which `exact` has every query's part, [B, R, Hq]
+SHARES = ("dq_norm", "dk_norm", *PER_HEAD)  # results whose sum over the ranks is the gradient
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,12 @@ class Case:
     value_dim: int = 64
     dtype: str = "fp32"
     causal: bool = True
+    window: tuple[int, int] | None = None
+    softcap: float | None = None
+    documents: int = 0  # packed into each sequence; 0: it is one text
+    sinks: bool = False
+    alibi: bool = False
+    dropout: float = 0.0
     uneven: bool = False
     recompute: bool = False
     attention: str = "auto"
@@ -65,6 +74,33 @@ class Case:
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
 
+    @property
+    def wide(self) -> torch.dtype:
+        """Of what is small and kept in full precision."""
+        return torch.float64 if self.dtype == "fp64" else torch.float32
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """What it has that PyTorch's attention has no fast kernel for."""
+        said = {
+            f"window {self.window}": self.window is not None,
+            f"softcap {self.softcap}": self.softcap is not None,
+            f"{self.documents} documents": self.documents > 0,
+            "sinks": self.sinks,
+            "ALiBi": self.alibi,
+            f"dropout {self.dropout}": self.dropout > 0,
+        }
+        return tuple(text for text, given in said.items() if given)
+
+    def offsets(self, b: int) -> list[int]:
+        """Where a sequence's documents begin, and its end: of random lengths, in the middle one of 0 and one of 1."""
+        random = torch.Generator().manual_seed(self.seed + b)
+        cuts = torch.randint(self.tokens, (self.documents - 3,), generator=random).sort().values.tolist()
+        middle = len(cuts) // 2
+        cuts = [0, *cuts, self.tokens - 1]  # of all tokens but one
+        at = cuts[middle]
+        return [*cuts[: middle + 1], at, *(cut + 1 for cut in cuts[middle:])]
+
     def shard(self, rank: int) -> slice:
         """The tokens of a rank."""
         return slice(sum(self.lens[:rank]), sum(self.lens[: rank + 1]))
@@ -74,13 +110,17 @@ class Case:
         for name in ("tokens", "batch", "heads", "kv_heads", "head_dim", "value_dim"):
             if getattr(self, name) < 1:
                 raise OptionError(f"--{name.replace('_', '-')} {getattr(self, name)}; it must be at least 1")
+        if self.documents and self.documents < 3:
+            raise OptionError(f"--documents {self.documents}; it must be at least 3: one is empty, one a single token")
         if self.fused and self.value_dim != self.head_dim:
             raise OptionError("--rope and --qk-norm need equal --head-dim and --value-dim: q, k and v are one tensor")
         found = Problem(
             batch=self.batch, lens=self.lens, kv_lens=self.lens, heads=self.heads, kv_heads=self.kv_heads,
             head_dim=self.head_dim, value_dim=self.value_dim, dtype=str(self.torch_dtype).removeprefix("torch."),
-            device=device, causal=self.causal, scale=self.scale, rope_dim=self.head_dim if self.rope else 0,
-            q_norm=self.qk_norm, k_norm=self.qk_norm, attention=self.attention, recompute=self.recompute, grad=True,
+            device=device, causal=self.causal, scale=self.scale, window=self.window, softcap=self.softcap,
+            documents=self.documents > 0, sinks=self.sinks, slopes=self.alibi, dropout_p=self.dropout,
+            rope_dim=self.head_dim if self.rope else 0, q_norm=self.qk_norm, k_norm=self.qk_norm,
+            attention=self.attention, recompute=self.recompute, grad=True,
         )  # fmt: skip
         found.check()
         place(found)
@@ -90,7 +130,7 @@ class Case:
         lens = f"{self.lens[0]} each" if len(set(self.lens)) == 1 else f"in shards of {', '.join(map(str, self.lens))}"
         dims = f"{self.head_dim}" if self.head_dim == self.value_dim else f"{self.head_dim} and {self.value_dim}"
         marks = ["causal" if self.causal else "not causal"]
-        marks += ["QK-norm"] * self.qk_norm + ["RoPE"] * self.rope + ["recompute"] * self.recompute
+        marks += [*self.options, *["QK-norm"] * self.qk_norm, *["RoPE"] * self.rope, *["recompute"] * self.recompute]
         return (
             f"{self.tokens} tokens on {self.ranks} rank{'s' * (self.ranks > 1)}, {lens}; batch {self.batch}; "
             f"{self.heads} query and {self.kv_heads} kv heads of {dims}; {self.dtype}; {', '.join(marks)}"
@@ -107,6 +147,9 @@ class Inputs(NamedTuple):
     angles: Tensor | None  # [S, D / 2]
     q_norm: Tensor | None  # [D]
     k_norm: Tensor | None  # [D]
+    ids: Tensor | None = None  # [B, S], the document of every token
+    sinks: Tensor | None = None  # [Hq], like the slopes in fp32; in fp64 beside fp64
+    slopes: Tensor | None = None  # [Hq]
 
     def zero_but(self, rows: Tensor) -> Inputs:
         """With a gradient of the output in these rows only."""
@@ -128,7 +171,17 @@ def draw(case: Case, device: torch.device) -> Inputs:
     q, k = normal(B, S, case.heads, D), normal(B, S, case.kv_heads, D)
     v, dout = normal(B, S, case.kv_heads, Dv), normal(B, S, case.heads, Dv)
     weights = [1 + normal(D) / 4 if case.qk_norm else None for _ in range(2)]
-    return Inputs(q, k, v, dout, angles() if case.rope else None, *weights)
+    found = Inputs(q, k, v, dout, angles() if case.rope else None, *weights)
+    if case.documents:
+        lengths = torch.tensor([case.offsets(b) for b in range(B)]).diff()
+        numbers = torch.arange(case.documents)
+        found = found._replace(ids=torch.stack([numbers.repeat_interleave(n) for n in lengths]).to(device))
+    if case.sinks:
+        found = found._replace(sinks=normal(case.heads).to(case.wide))
+    if case.alibi:
+        exponents = torch.arange(1, case.heads + 1, device=device, dtype=case.wide) * (-8 / case.heads)
+        found = found._replace(slopes=exponents.exp2())
+    return found
 
 
 Results = dict[str, Tensor]
@@ -143,29 +196,38 @@ class Layer:
         shards = [x[:, part] for x in inputs[:3]]
         if case.fused:
             shards = [torch.cat([x.flatten(2) for x in shards], -1)]
-        weights = {"q_norm": inputs.q_norm, "k_norm": inputs.k_norm}
+        weights = {"q_norm": inputs.q_norm, "k_norm": inputs.k_norm, "sinks": inputs.sinks, "slopes": inputs.slopes}
         self.weights = {n: w.clone().requires_grad_() for n, w in weights.items() if w is not None}
         self.leaves = [x.clone().requires_grad_() for x in shards]
         self.dout = inputs.dout[:, part].contiguous()
         angles = None if inputs.angles is None else inputs.angles[part].double()
-        wide = torch.float64 if case.dtype == "fp64" else torch.float32
-        self.rope = None if angles is None else (angles.cos().to(wide), angles.sin().to(wide))
+        self.rope = None if angles is None else (angles.cos().to(case.wide), angles.sin().to(case.wide))
+        packed = case.documents > 0
+        self.options: dict[str, Any] = {
+            "causal": case.causal,
+            "window": case.window,
+            "softcap": case.softcap,
+            "sinks": self.weights.get("sinks"),
+            "alibi_slopes": self.weights.get("slopes"),
+            "cu_seqlens": case.offsets(0) if packed and case.batch == 1 else None,
+            "segment_ids": inputs.ids[:, part] if inputs.ids is not None and case.batch > 1 else None,
+            "dropout_p": case.dropout,
+            "dropout_seed": DROPOUT_SEED if case.dropout else None,
+            "lens": case.lens if len(set(case.lens)) > 1 else None,
+            "attention": case.attention,
+            "recompute": "exchange" if case.recompute else None,
+        }
 
     def forward(self) -> Tensor:
         case = self.case
-        lens = case.lens if len(set(case.lens)) > 1 else None
-        recompute = "exchange" if case.recompute else None
         if case.fused:
             out = ulysses_qkv_attention(
-                self.leaves[0], self.group, heads=case.heads, kv_heads=case.kv_heads, rope=self.rope,
-                norm_eps=EPS, causal=case.causal, lens=lens, attention=case.attention, recompute=recompute,
-                q_norm=self.weights.get("q_norm"), k_norm=self.weights.get("k_norm"),
+                self.leaves[0], self.group, heads=case.heads, kv_heads=case.kv_heads, rope=self.rope, norm_eps=EPS,
+                q_norm=self.weights.get("q_norm"), k_norm=self.weights.get("k_norm"), **self.options,
             )  # fmt: skip
         else:
             q, k, v = self.leaves
-            out = ulysses_attention(
-                q, k, v, self.group, causal=case.causal, lens=lens, attention=case.attention, recompute=recompute
-            )
+            out = ulysses_attention(q, k, v, self.group, **self.options)
         assert isinstance(out, Tensor)
         return out
 
@@ -173,7 +235,7 @@ class Layer:
         return torch.autograd.grad(out, [*self.leaves, *self.weights.values()], self.dout)
 
     def results(self) -> Results:
-        """out and all gradients of this rank's shard; of the norms' weights, this rank's share."""
+        """out and all gradients of this rank's shard; of what is not sharded (SHARES), this rank's share."""
         case = self.case
         out = self.forward()
         grads = self.backward(out)
@@ -182,8 +244,8 @@ class Layer:
             sizes = [case.heads * case.head_dim, case.kv_heads * case.head_dim, case.kv_heads * case.value_dim]
             qkv = tuple(g.unflatten(-1, (-1, case.head_dim)) for g in qkv[0].split(sizes, -1))
         named = zip(("dq", "dk", "dv"), qkv, strict=True)
-        norms = zip((f"d{n}" for n in self.weights), grads[len(self.leaves) :], strict=True)
-        return {"out": out.detach(), **dict(named), **dict(norms)}
+        shares = zip((f"d{n}" for n in self.weights), grads[len(self.leaves) :], strict=True)
+        return {"out": out.detach(), **dict(named), **dict(shares)}
 
 
 def _moved(inputs: Inputs, rows: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
@@ -202,20 +264,36 @@ def exact(case: Case, inputs: Inputs, rows: Tensor) -> Results:
     """In fp64: out and dq of the rows, and the gradients of the rest of the layer for these rows' dout."""
     leaves, moved = _moved(inputs, rows, torch.float64)
     q, k = (x.detach() for x in moved)
-    found = truth.attention(q, k, inputs.v, inputs.dout[:, rows], causal=case.causal, scale=case.scale, rows=rows)
+    found = truth.attention(
+        q, k, inputs.v, inputs.dout[:, rows], causal=case.causal, scale=case.scale, window=case.window,
+        softcap=case.softcap, documents=inputs.ids, sinks=inputs.sinks if case.sinks else None,
+        slopes=inputs.slopes if case.alibi else None,
+        dropout=(case.dropout, DROPOUT_SEED) if case.dropout else None, rows=rows,
+    )  # fmt: skip
     grads = [found.dq, found.dk]
     if case.fused:
         grads = list(torch.autograd.grad(moved, leaves[:2] + leaves[3:], grads))
     named = {"out": found.out, "dq": grads[0], "dk": grads[1], "dv": found.dv}
-    return named | dict(zip(("dq_norm", "dk_norm"), grads[2:], strict=False))
+    named |= dict(zip(("dq_norm", "dk_norm"), grads[2:], strict=False))
+    per_head = {"dsinks": found.dsinks, "dslopes": found.dslopes}
+    asked = {"dsinks": case.sinks, "dslopes": case.alibi}
+    return named | {name: grad for name, grad in per_head.items() if asked[name]}
+
+
+def comparable(case: Case) -> Case:
+    """The case without what PyTorch's attention cannot do, or only with more rounding (a bias, in the case's dtype)."""
+    return replace(case, softcap=None, sinks=False, alibi=False, dropout=0.0)
 
 
 def peer(case: Case, inputs: Inputs) -> Results:
-    """The whole layer by PyTorch's own attention in the case's dtype; norm and RoPE in fp32, rounded once, as ours."""
+    """The whole layer, of a `comparable` case, by PyTorch's own attention in its dtype.
+
+    Norm and RoPE are in fp32, rounded once, as ours.
+    """
     everything = torch.arange(case.tokens, device=inputs.q.device)
     leaves, moved = _moved(inputs, everything, torch.float32 if case.fused else case.torch_dtype)
     q, k, v = (x.to(case.torch_dtype) for x in (*moved, leaves[2]))
-    out = truth.sdpa(q, k, v, causal=case.causal, scale=case.scale)
+    out = truth.sdpa(q, k, v, causal=case.causal, scale=case.scale, window=case.window, documents=inputs.ids)
     grads = (g.to(case.torch_dtype) for g in torch.autograd.grad(out, leaves, inputs.dout))
     names = ("dq", "dk", "dv", "dq_norm", "dk_norm")
     return {"out": out.detach(), **dict(zip(names, grads, strict=False))}

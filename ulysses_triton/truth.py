@@ -21,13 +21,15 @@ FLOOR = 2e-4  # of bf16 and fp16: what is allowed at least, where PyTorch's own 
 
 
 class Attention(NamedTuple):
-    """Results of attention: of the query rows that were asked for (out, lse, dq) and of all keys (dk, dv)."""
+    """Results of attention: of all keys (dk, dv), and of the query rows that were asked for (all others)."""
 
     out: Tensor  # [B, R, Hq, Dv]
     lse: Tensor  # [B, R, Hq]
     dq: Tensor  # [B, R, Hq, D]
     dk: Tensor  # [B, Sk, Hkv, D]
     dv: Tensor  # [B, Sk, Hkv, Dv]
+    dsinks: Tensor  # [B, R, Hq], what a row adds to the gradient, like dslopes; zeros without sinks
+    dslopes: Tensor  # [B, R, Hq]; zeros without slopes
 
 
 def attention(
@@ -40,6 +42,10 @@ def attention(
     scale: float,
     window: tuple[int, int] | None = None,
     softcap: float | None = None,
+    documents: Tensor | None = None,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
+    dropout: tuple[float, int] | None = None,
     rows: Tensor | None = None,
     dlse: Tensor | None = None,
 ) -> Attention:
@@ -51,6 +57,10 @@ def attention(
         causal: query i attends the keys j <= i.
         window: query i attends the keys i - left <= j <= i + right, -1 for no bound.
         softcap: scores are `softcap tanh(scale q k^T / softcap)`.
+        documents: `[B, Sk]`, the document of every token; tokens attend those of their own.
+        sinks: `[Hq]`, one more score for every query, with no value behind it.
+        slopes: `[Hq]`, scores lose `slope |i - j|`.
+        dropout: the probability with which a pair is dropped, and the seed.
         rows: positions of the R queries in the sequence, int64 in ascending order; None for 0 .. R - 1.
         dlse: `[B, R, Hq]`, the gradient of the log-sum-exp, or None.
     """
@@ -64,8 +74,9 @@ def attention(
         return torch.zeros(shape, dtype=torch.float64, device=q.device)
 
     found = Attention(
-        zeros(B, R, Hq, Dv), zeros(B, R, Hq), zeros(B, R, Hq, D), zeros(B, Sk, Hkv, D), zeros(B, Sk, Hkv, Dv)
-    )
+        zeros(B, R, Hq, Dv), zeros(B, R, Hq), zeros(B, R, Hq, D), zeros(B, Sk, Hkv, D), zeros(B, Sk, Hkv, Dv),
+        zeros(B, R, Hq), zeros(B, R, Hq),
+    )  # fmt: skip
     step = max(1, BLOCK_BYTES // max(1, 8 * G * Sk))
     positions = torch.arange(Sk, device=q.device)
     for b in range(B):
@@ -81,27 +92,60 @@ def attention(
                 slope = 1.0 if softcap is None else 1 / (s / softcap).cosh_().square_()
                 if softcap is not None:
                     s.div_(softcap).tanh_().mul_(softcap)
+                distance = (at[:, None] - positions[keys]).double()  # [rows, n]
+                if slopes is not None:
+                    s.sub_(distance.abs() * slopes[heads, None, None].double())
                 if right >= 0:
-                    s.masked_fill_(positions[keys] > at[:, None] + right, -math.inf)
+                    s.masked_fill_(distance < -right, -math.inf)
                 if left >= 0:
-                    s.masked_fill_(positions[keys] < at[:, None] - left, -math.inf)
+                    s.masked_fill_(distance > left, -math.inf)
+                if documents is not None:
+                    s.masked_fill_(documents[b, at, None] != documents[b, keys], -math.inf)
                 lse = s.logsumexp(-1)  # [G, rows]
+                if sinks is not None:
+                    lse = lse.logaddexp(sinks[heads, None].double())
                 p = s.sub_(lse[..., None].nan_to_num(neginf=0.0)).exp_()  # a row without keys: zeros
-                o = p @ v_j  # [G, rows, Dv]
+                kept = 1.0 if dropout is None else _kept_weight(*dropout, b, heads, at, positions[keys])
+                o = (p * kept) @ v_j  # [G, rows, Dv]
                 delta = (do_i * o).sum(-1)
                 if dlse is not None:
                     delta -= dlse[b, block, heads].double().T
-                found.dv[b, keys, j] += (p.mT @ do_i).sum(0)
-                ds = (do_i @ v_j.mT).sub_(delta[..., None]).mul_(p).mul_(scale).mul_(slope)
+                found.dv[b, keys, j] += ((p * kept).mT @ do_i).sum(0)
+                ds = (do_i @ v_j.mT).mul_(kept).sub_(delta[..., None]).mul_(p)
+                if sinks is not None:
+                    found.dsinks[b, block, heads] = -((sinks[heads, None].double() - lse).exp_() * delta).T
+                if slopes is not None:
+                    found.dslopes[b, block, heads] = -(ds * distance.abs()).sum(-1).T
+                ds.mul_(scale).mul_(slope)
                 found.dk[b, keys, j] += (ds.mT @ q_i).sum(0)
                 for result, value in zip(found[:3], (o, lse, ds @ k_j), strict=True):
                     result[b, block, heads] = value.transpose(0, 1)
     return found
 
 
+def _kept_weight(p: float, seed: int, batch: int, heads: slice, rows: Tensor, keys: Tensor) -> Tensor:
+    """What dropout multiplies weights with, 0 or 1 / (1 - p), `[G, rows, keys]`: Philox-4x32-7 in 16-bit halves."""
+    word = 0xFFFFFFFF
+
+    def times(number: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """High and low word of the product; no sum here exceeds 2^49."""
+        low = x * (number & 0xFFFF)
+        high = x * (number >> 16) + (low >> 16)
+        return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
+
+    head = torch.arange(heads.start, heads.stop, device=rows.device)[:, None, None]
+    a, b, c, d = keys, rows[:, None], head, torch.full_like(keys[:1], batch)
+    for i in range(7):
+        first, second = times(0xD2511F53, a), times(0xCD9E8D57, c)
+        key = (seed + i * 0x9E3779B9) & word, ((seed >> 32) + i * 0xBB67AE85) & word
+        a, b, c, d = second[0] ^ b ^ key[0], second[1], first[0] ^ d ^ key[1], first[1]
+    return (a >= round(p * 2**32)).double() / (1 - p)
+
+
 def sdpa(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, window: tuple[int, int] | None = None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, window: tuple[int, int] | None = None,
+    documents: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """PyTorch's own attention in the dtype of its inputs `[B, S, H, D]`, for the error that this precision costs.
 
     kv heads are repeated and head dims made equal with zero channels, which every one of its kernels takes.
@@ -111,15 +155,18 @@ def sdpa(
     k, v = (x.repeat_interleave(repeat, 2) if repeat > 1 else x for x in (k, v))
     q, k, v = (pad(x, (0, width - x.size(-1))) if x.size(-1) < width else x for x in (q, k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    mask = None if window is None else _kept(q.size(2), k.size(2), causal, window).to(q.device)
+    mask = None
+    if window is not None or documents is not None:
+        mask = _kept(q.size(2), k.size(2), causal, window or (-1, -1), q.device)
+        mask = mask if documents is None else mask & (documents[:, None, :, None] == documents[:, None, None])
     out = scaled_dot_product_attention(q, k, v, mask, is_causal=causal and mask is None, scale=scale)
     return out.transpose(1, 2)[..., :Dv]
 
 
-def _kept(queries: int, keys: int, causal: bool, window: tuple[int, int]) -> Tensor:
+def _kept(queries: int, keys: int, causal: bool, window: tuple[int, int], device: torch.device) -> Tensor:
     """Whether a query attends a key, `[queries, keys]`."""
     left, right = window
-    kept = torch.ones(queries, keys, dtype=torch.bool)
+    kept = torch.ones(queries, keys, dtype=torch.bool, device=device)
     if causal or right >= 0:
         kept = kept.tril(0 if causal else right)
     return kept if left < 0 else kept.triu(-left)

@@ -22,17 +22,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import truth
-from .case import DTYPES, Case, Inputs, Layer, Results, draw, exact, peer
+from .case import DTYPES, PER_HEAD, SHARES, Case, Inputs, Layer, Results, comparable, draw, exact, peer
 from .errors import ExchangeError, OptionError
 from .group import UlyssesGroup
 from .spec import ATTENTIONS
 
+AT_ROWS = ("out", "dq")  # results that are held at the sampled query rows
 _FLOPS = {"cpu": 1e11, "cuda": 1e13}  # of the fp64 computation, over all ranks of a CPU or on each GPU: some seconds
 
 _DESCRIPTION = """\
 Run the attention of this library on shards of a random sequence, forward and backward, and hold the output and all
 gradients against attention on one device in fp64. fp32 may be 2e-6 off (relative, by norm); bf16 and fp16 twice as far
-as PyTorch's scaled_dot_product_attention is in that dtype, or 2e-4.
+as PyTorch's scaled_dot_product_attention is in that dtype, or 2e-4. Where it cannot do an option (softcap, sinks,
+ALiBi, dropout), that is its error without. The gradients of sinks and slopes, sums over all queries that may nearly
+cancel, may be off by 4 times what dq may, relative to the norm of what the queries contribute.
 
 Under torchrun the sequence is sharded over its ranks; alone, one rank holds all of it:
 
@@ -57,37 +60,45 @@ class Row(NamedTuple):
 def compare(case: Case, rank: int, results: Results, inputs: Inputs, rows: Tensor) -> list[Row]:
     """This rank's results against fp64, with the errors of all ranks added up: the same list on every rank."""
     expected = exact(case, inputs, rows)
-    low = case.torch_dtype in (torch.bfloat16, torch.float16)
-    peers = peer(case, inputs) if low else {}
+    peers, expected_of_peer = {}, {}
+    if case.torch_dtype in (torch.bfloat16, torch.float16) and rank == 0:
+        plain = comparable(case)
+        peers = peer(plain, inputs)
+        expected_of_peer = expected if plain == case else exact(plain, inputs, rows)
     part = case.shard(rank)
     here = (rows >= part.start) & (rows < part.stop)
     local = rows[here] - part.start
     sums = torch.zeros(len(expected), 4, dtype=torch.float64)  # of squares: difference, exact; the same of the peer
     for i, (name, want) in enumerate(expected.items()):
         got = results[name]
-        if name in ("dq_norm", "dk_norm"):
+        if name in SHARES:
             total = _added(got.double())
-            pairs = [(total, want)] if rank == 0 else []
-            pairs_of_peer = [(peers[name], want)] if rank == 0 and low else []
+            pairs = [(total, want.sum((0, 1)) if name in PER_HEAD else want)] if rank == 0 else []
+        elif name in AT_ROWS:
+            pairs = [(got[:, local], want[:, here])]
         else:
-            shard_of_peer = peers[name][:, part] if low else got
-            at_rows = name in ("out", "dq")
-            mine = want[:, here] if at_rows else want[:, part]
-            pairs, pairs_of_peer = ([(x[:, local] if at_rows else x, mine)] for x in (got, shard_of_peer))
-            if name == "dq" and len(rows) < case.tokens:
-                rest = got.clone()
-                rest[:, local] = 0
-                pairs.append((rest, torch.zeros_like(rest)))
-            if name == "out" and not got.isfinite().all():
-                sums[i, 0] = torch.inf
-        for column, some in ((0, pairs), (2, pairs_of_peer if low else [])):
-            for x, y in some:
-                sums[i, column : column + 2] += torch.tensor(truth.squares(x, y), dtype=torch.float64)
+            pairs = [(got, want[:, part])]
+        if name == "dq" and len(rows) < case.tokens:
+            rest = got.clone()
+            rest[:, local] = 0
+            pairs.append((rest, torch.zeros_like(rest)))
+        if name == "out" and not got.isfinite().all():
+            sums[i, 0] = torch.inf
+        for x, y in pairs:
+            sums[i, :2] += torch.tensor(truth.squares(x, y), dtype=torch.float64)
+        if name in PER_HEAD and rank == 0:
+            sums[i, 1] = want.square().sum()
+        if peers:
+            held = name if name in peers else "dq"  # PyTorch has no gradients of sinks and slopes
+            theirs = peers[held][:, rows] if held in AT_ROWS else peers[held]
+            sums[i, 2:] = torch.tensor(truth.squares(theirs, expected_of_peer[held]), dtype=torch.float64)
     sums = _added(sums)
-    return [
-        Row(name, truth.relative(line[:2]), truth.allowed(case.torch_dtype, truth.relative(line[2:])))
-        for name, line in zip(expected, sums.tolist(), strict=True)
-    ]
+    found = []
+    for name, line in zip(expected, sums.tolist(), strict=True):
+        allowed = truth.allowed(case.torch_dtype, truth.relative(line[2:]))
+        few = 4 if name in PER_HEAD else 1  # a number per head: luck does not average out
+        found.append(Row(name, truth.relative(line[:2]), few * allowed))
+    return found
 
 
 def _added(x: Tensor) -> Tensor:
@@ -152,7 +163,7 @@ def timed(
 
 
 def time_sdpa(case: Case, inputs: Inputs, repeats: int) -> Times | None:
-    """PyTorch's attention over the whole sequence on this device, without norm and RoPE; None if it does not fit."""
+    """PyTorch's attention, causal or dense, over the whole sequence on this device; None if it does not fit."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs[:3]]
     try:
         return timed(
@@ -187,6 +198,16 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     number("--value-dim", "channels of a head of v (default: as --head-dim)", None)
     parser.add_argument("--dtype", choices=DTYPES, default=Case.dtype, help="(default: %(default)s)")
     parser.add_argument("--causal", action=argparse.BooleanOptionalAction, default=Case.causal, help="causal mask")
+    parser.add_argument(
+        "--window", nargs=2, type=int, metavar=("LEFT", "RIGHT"), help="keys that a query attends, in tokens; -1: all"
+    )
+    parser.add_argument("--softcap", type=float, metavar="X", help="softcap of the scores")
+    number("--documents", "pack N documents of random lengths, one empty and one a single token", Case.documents)
+    parser.add_argument("--sinks", action="store_true", help="a learned sink per head")
+    parser.add_argument("--alibi", action="store_true", help="ALiBi with learned slopes")
+    parser.add_argument(
+        "--dropout", type=float, metavar="P", default=Case.dropout, help="drop pairs with this probability"
+    )
     parser.add_argument("--uneven", action="store_true", help="shards in the proportions 1 : 2 : 3 ...")
     parser.add_argument("--recompute", action="store_true", help="exchange q, k and v again in backward")
     parser.add_argument(
@@ -214,6 +235,12 @@ def command(arguments: argparse.Namespace) -> int:
         value_dim=arguments.head_dim if arguments.value_dim is None else arguments.value_dim,
         dtype=arguments.dtype,
         causal=arguments.causal,
+        window=None if arguments.window is None else tuple(arguments.window),
+        softcap=arguments.softcap,
+        documents=arguments.documents,
+        sinks=arguments.sinks,
+        alibi=arguments.alibi,
+        dropout=arguments.dropout,
         uneven=arguments.uneven,
         recompute=arguments.recompute,
         attention=arguments.attention,
@@ -301,6 +328,7 @@ def _timings(case: Case, ours: Times, sdpa: Times | None, repeats: int) -> str:
         lines.append(f"{name:28} {numbers}")
     if sdpa is None:
         return "\n".join(lines)
-    lines += ["SDPA is timed without QK-norm and RoPE"] * case.fused
+    without = [*case.options, *["QK-norm and RoPE"] * case.fused]
+    lines += [f"SDPA is timed without {', '.join(without)}"] * bool(without)
     lines += ["SDPA's time includes repeating the kv heads"] * (case.heads > case.kv_heads)
     return "\n".join(lines)
