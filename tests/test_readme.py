@@ -26,6 +26,27 @@ def test_the_example_runs_under_torchrun(tmp_path):
     assert said == [f"rank {r}: out [1, 1024, 8, 64], dq [1, 1024, 8, 64]" for r in range(4)]
 
 
+def test_the_mask_example_runs(tmp_path):
+    (source,) = re.findall(
+        r"```python\n(import torch\nimport triton\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )
+    (tmp_path / "masked.py").write_text(source)
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "WORLD_SIZE")}
+    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "masked.py"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    off, blocks = re.fullmatch(r"off by (\S+) (BlockMask\(prefix_lm, .*\))\n", done.stdout).groups()
+    assert float(off) < 1e-5 and "batch=2, heads=None, q_len=512, kv_len=512" in blocks
+
+
+def test_the_recipe_for_flash_attention_is_what_is_tested():
+    text = (ROOT / "MIGRATING.md").read_text()
+    (recipe,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert recipe in (ROOT / "tests/test_flex.py").read_text()
+
+
 def test_the_two_commands_are_make_targets():
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert {"train", "test"} <= set(targets)
