@@ -310,7 +310,7 @@ def attention_inputs(case: Attention, memory: Memory) -> Inputs:
     peer = {} if case.dtype == "fp32" else _peer_errors(case, batch_first)
     sums = [x.new_zeros(case.B, case.keys, case.hkv, x.size(-1)) for x in (exact.dk, exact.dv)]
     index = torch.tensor(case.kv_of, device=q.device)
-    dk, dv = (total.index_add_(2, index, x) for total, x in zip(sums, exact[3:], strict=True))
+    dk, dv = (total.index_add_(2, index, x) for total, x in zip(sums, (exact.dk, exact.dv), strict=True))
     return Inputs(q, k, v, do, exact._replace(dk=dk, dv=dv), dlse, peer)
 
 
@@ -321,7 +321,7 @@ def _peer_errors(case: Attention, inputs: list[Tensor]) -> dict[str, float]:
     out = truth.sdpa(*leaves, **case.masks, scale=case.factor)
     grads = torch.autograd.grad(out, leaves, do)
     same = truth.attention(*inputs, **case.masks, scale=case.factor)
-    values, wanted = (out.detach(), *grads), (same.out, *same[2:])
+    values, wanted = (out.detach(), *grads), (same.out, same.dq, same.dk, same.dv)
     return {n: truth.relative_error(x, y) for n, x, y in zip(("out", "dq", "dk", "dv"), values, wanted, strict=True)}
 
 
