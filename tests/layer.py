@@ -81,15 +81,15 @@ def ahead(batch, head, q_pos, kv_pos, lengths_ptr):
 
 @masks.register
 @triton.jit
-def strided(batch, head, q_pos, kv_pos):
+def gapped(batch, head, q_pos, kv_pos):
     return (q_pos - kv_pos) % 3 != 1
 
 
 LENGTHS = torch.tensor([4, 9, 0, 30, 1, 17])
-MASKS = {"ahead": (ahead, LENGTHS), "strided": strided}
+MASKS = {"ahead": (ahead, LENGTHS), "gapped": gapped}
 ASKED = {
     "ahead": lambda b, h, i, j: (j <= i) | (j < LENGTHS[b * 3 + h % 3]),
-    "strided": lambda b, h, i, j: torch.fmod(i - j, 3) != 1,
+    "gapped": lambda b, h, i, j: torch.fmod(i - j, 3) != 1,
 }
 
 
@@ -330,7 +330,7 @@ def masking(attention: str, cross: bool, batch: int) -> st.SearchStrategy[dict[s
         "sinks": st.booleans(),
         "slopes": st.booleans(),
         "dropout": st.sampled_from([0.0, 0.0, 0.4]),
-        "mask": st.sampled_from([None, None, "ahead", "strided", "ahead blocks", "strided blocks"]),
+        "mask": st.sampled_from([None, None, "ahead", "gapped", "ahead blocks", "gapped blocks"]),
     }
     if attention == "callable":  # which gets neither, and documents as they were given
         del each["dropout"], each["mask"]
