@@ -77,8 +77,11 @@ def options_of_a_rank(name, rank):
     return some.get(name, {})
 
 
+VIEWS = ("aten::as_strided", "aten::slice", "aten::squeeze", "aten::view")  # move nothing
+
+
 def passes_of_a_layer(ctx, name):
-    """Kernels launched, and operations of PyTorch that take in as much as half of a rank's q, by name and shape."""
+    """Kernels launched, and how often each operation of PyTorch took in as much as half of a rank's q."""
     launched = []
     launch = _config.launch
 
@@ -97,8 +100,8 @@ def passes_of_a_layer(ctx, name):
             torch.autograd.grad([out, *lse], (q, k, v, *given), [torch.ones_like(x) for x in (out, *lse)])
     finally:
         _config.launch = launch
-    shapes = [(e.name, [s for s in e.input_shapes if math.prod(s) >= q.numel() // 2]) for e in profile.function_events]
-    return launched, Counter((name, str(large)) for name, large in shapes if large)
+    large = [e.name for e in profile.function_events if any(math.prod(s) >= q.numel() // 2 for s in e.input_shapes)]
+    return launched, Counter(large)
 
 
 def test_no_option_adds_a_pass_over_rows(pool):
@@ -122,4 +125,4 @@ def test_no_option_adds_a_pass_over_rows(pool):
     for name in names:
         for (launched, large), (_, large_of_plain) in zip(pool.run(2, passes_of_a_layer, name), plain, strict=True):
             assert [n.removesuffix("_kernel") for n in launched] == kernels, name
-            assert large - large_of_plain == Counter(), name
+            assert not {n: c for n, c in (large - large_of_plain).items() if n not in VIEWS}, name
