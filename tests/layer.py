@@ -292,8 +292,9 @@ def check(case: Case, results: list[dict[str, Tensor]]) -> None:
 
     In few elements it is luck which of two errors is larger, and dq and dk may nearly cancel; such results may also be
     off by one unit in the last place of numbers of the size that they are sums of. So may those that cancel almost
-    wholly, as dq does where each query attends one key. PyTorch has no softcap; as its slope is at most 1, the error may be that of the same attention without. It has neither sinks nor our dropout, nor
-    gradients of sinks and slopes: their errors may be those of dq.
+    wholly, as dq does where each query attends one key. PyTorch has no softcap; as its slope is at most 1, the error
+    may be that of the same attention without. It has neither sinks nor our dropout, nor gradients of sinks and slopes:
+    their errors may be those of dq.
     """
     expected = truth(case)
     dtype = DTYPES[case.dtype]

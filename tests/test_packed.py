@@ -83,7 +83,7 @@ def test_padding_gives_zeros_and_takes_none_of_the_rest():
 
 
 def gathers(group, _=None):
-    """How often numbers were gathered: for one tensor, again, once it was written to, and for another of its numbers."""
+    """How often numbers were gathered: for one tensor, again, once it was written to, and for another like it."""
     q, k, v = (x.detach().requires_grad_() for x in shards(inputs(), group))
     (ids,) = shards([IDS], group)
     ids = ids.clone()
