@@ -332,7 +332,7 @@ def attend_backward(
         BLOCK_DV=block(Dv),
     )
     row_bytes = (D + Dv) * q.element_size()
-    dslope = None if heads.slopes is None else torch.zeros(hq, B, S, dtype=torch.float32, device=q.device)
+    dslope = None if heads.slopes is None else torch.empty(hq, B, S, dtype=torch.float32, device=q.device)
     if dq:
         tiles = _config.tiles("attend_dq", q, (D, Dv), max(S, Sk), options.flags)
         _config.launch(

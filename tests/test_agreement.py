@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from ulysses_triton import (
     DeviceError,
@@ -12,12 +14,41 @@ from ulysses_triton import (
     ShapeError,
     UlyssesGroup,
     gather_sequence,
+    masks,
     run_virtual,
     ulysses_attention,
     ulysses_qkv_attention,
 )
 
 RANKS = 3
+
+
+@triton.jit
+def not_registered(batch, head, q_pos, kv_pos):
+    return kv_pos <= q_pos
+
+
+@masks.register
+@triton.jit
+def causal_mask(batch, head, q_pos, kv_pos):
+    return kv_pos <= q_pos
+
+
+@masks.register
+@triton.jit
+def early(batch, head, q_pos, kv_pos, length_ptr):
+    return kv_pos < tl.load(length_ptr)
+
+
+@masks.register
+@triton.jit
+def unknown(batch, head, q_pos, kv_pos):
+    return tl.sigmoid(kv_pos.to(tl.float32)) > 0.5
+
+
+def one_of() -> dict:
+    """A batch of 1."""
+    return {n: torch.randn(1, 4, heads, 16) for n, heads in (("q", 6), ("k", 3), ("v", 3))}
 
 
 def good() -> dict:
@@ -67,8 +98,61 @@ WRONG: dict[str, tuple] = {
     "softcap infinite": ({"softcap": float("inf")}, OptionError, "softcap = inf"),
     "softcap nan": ({"softcap": float("nan")}, OptionError, "softcap = nan"),
     "softcap text": ({"softcap": "30"}, OptionError, "softcap is a str"),
-    "aten with a window": ({"window": (3, 0), "attention": "aten"}, OptionError, "neither windows nor softcap"),
-    "aten with softcap": ({"softcap": 30.0, "attention": "aten"}, OptionError, "neither windows nor softcap"),
+    "aten with a window": ({"window": (3, 0), "attention": "aten"}, OptionError, "does not know window"),
+    "aten with softcap": ({"softcap": 30.0, "attention": "aten"}, OptionError, "does not know softcap"),
+    "aten with sinks": ({"sinks": torch.ones(6), "attention": "aten"}, OptionError, "does not know sinks"),
+    "sinks of some heads": ({"sinks": torch.ones(2)}, ShapeError, r"sinks has shape \[2\].*\[6\]"),
+    "sinks of a list": ({"sinks": [1.0] * 6}, DtypeError, "sinks is a list"),
+    "integer sinks": ({"sinks": torch.ones(6, dtype=torch.int64)}, DtypeError, "sinks has dtype torch.int64"),
+    "slopes of a batch": ({"alibi_slopes": torch.ones(2, 6)}, ShapeError, r"alibi_slopes has shape \[2, 6\]"),
+    "float segment_ids": ({"segment_ids": torch.zeros(2, 4)}, DtypeError, "segment_ids is torch.float32"),
+    "segment_ids of a list": ({"segment_ids": [[0] * 4] * 2}, DtypeError, "segment_ids is list"),
+    "segment_ids of all tokens": (
+        {"segment_ids": torch.zeros(2, 12, dtype=torch.int32)},
+        ShapeError,
+        r"segment_ids has shape \[2, 12\]; expected this rank's own tokens",
+    ),
+    "segment_ids with other keys": (
+        {"segment_ids": torch.zeros(2, 4, dtype=torch.int32), **{n: torch.randn(2, 7, 3, 16) for n in "kv"}},
+        OptionError,
+        "cu_seqlens and cu_seqlens_k",
+    ),
+    "cu_seqlens for a batch": ({"cu_seqlens": [0, 12]}, ShapeError, "batch of 1, q has 2"),
+    "cu_seqlens and segment_ids": (
+        {"cu_seqlens": [0, 12], "segment_ids": torch.zeros(2, 4, dtype=torch.int32)},
+        OptionError,
+        "pass one of them",
+    ),
+    "cu_seqlens of floats": ({"cu_seqlens": [0.0, 12.0]}, OptionError, "ints or a 1-D int32"),
+    "cu_seqlens_k alone": ({"cu_seqlens_k": [0, 12]}, OptionError, "without cu_seqlens"),
+    "cu_seqlens that end early": (one_of() | {"cu_seqlens": [0, 5, 9]}, ShapeError, "end at the 12 tokens"),
+    "cu_seqlens from 1": (one_of() | {"cu_seqlens": [1, 12]}, ShapeError, "begin at 0"),
+    "cu_seqlens that fall": (one_of() | {"cu_seqlens": torch.tensor([0, 9, 5, 12])}, ShapeError, "never fall"),
+    "documents without keys": (
+        one_of() | {"cu_seqlens": [0, 5, 12], "cu_seqlens_k": [0, 12]},
+        ShapeError,
+        "2 documents and cu_seqlens_k 1",
+    ),
+    "dropout_p of 1": ({"dropout_p": 1.0}, OptionError, "below 1"),
+    "dropout_p text": ({"dropout_p": "0.1"}, OptionError, "dropout_p is a str"),
+    "dropout_seed below 0": ({"dropout_p": 0.1, "dropout_seed": -1}, OptionError, "dropout_seed = -1"),
+    "dropout_seed of a float": ({"dropout_p": 0.1, "dropout_seed": 1.5}, OptionError, "dropout_seed is a float"),
+    "mask of a lambda": ({"mask": lambda b, h, q, k: q >= k}, OptionError, "expected a predicate"),
+    "mask not registered": ({"mask": not_registered}, OptionError, "not registered"),
+    "mask without its tensor": ({"mask": early}, OptionError, "0 captured tensors"),
+    "mask with a number": ({"mask": (early, 3)}, OptionError, "only tensors are captured"),
+    "mask the twin cannot run": ({"mask": unknown}, OptionError, "unknown"),
+    "block mask of another length": (
+        {"mask": masks.block_mask((early, torch.tensor([3])), q_len=16)},
+        ShapeError,
+        "16 queries and 16 keys; the whole sequence has 12 and 12",
+    ),
+    "block mask of another batch": (
+        {"mask": masks.block_mask((early, torch.tensor([3])), q_len=12, batch=3)},
+        ShapeError,
+        "a batch of 3",
+    ),
+    "callable with dropout": ({"dropout_p": 0.1, "attention": torch.nn.Identity()}, OptionError, "dropout_p"),
     "meta device": ({n: torch.empty(2, 4, 6, 16, device="meta") for n in "qkv"}, DeviceError, "meta"),
     "two devices": ({"k": torch.empty(2, 4, 3, 16, device="meta")}, DeviceError, "meta"),
 }
@@ -83,6 +167,10 @@ DIFFERENT: dict[str, tuple] = {
     "scale": ({"scale": 0.5}, "scale: rank 1 has 0.5"),
     "window": ({"window": (5, 5)}, "window: rank 1 has (5, 5), ranks 0, 2 have None"),
     "softcap": ({"softcap": 30}, "softcap: rank 1 has 30.0, ranks 0, 2 have None"),
+    "sinks": ({"sinks": torch.ones(6)}, "sinks: rank 1 has True, ranks 0, 2 have False"),
+    "dropout": ({"dropout_p": 0.2}, "dropout_p: rank 1 has 0.2, ranks 0, 2 have 0.0"),
+    "documents": ({"segment_ids": torch.zeros(2, 4, dtype=torch.int32)}, "call: rank 1 has segment_ids"),
+    "mask": ({"mask": causal_mask}, "predicate: rank 1 has causal_mask"),
     "lse": ({"return_lse": True}, "return_lse: rank 1 has True"),
     "recompute": ({"recompute": "exchange"}, "recompute: rank 1 has True"),
     "requires_grad": ({"q": torch.randn(2, 4, 6, 16, requires_grad=True)}, "grad: rank 1 has True"),

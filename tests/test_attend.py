@@ -21,6 +21,7 @@ from ulysses_triton.kernels import (
     _blocks,
     _config,
     _documents,
+    _dropout,
     _mask,
     _options,
     _reference_attend,
@@ -349,6 +350,14 @@ CASES = {
     "woven": Case(predicate="woven", causal=False, hq=4, group=2, S=90, Sk=150),
     "woven causal": Case(predicate="woven", hq=3, S=90, Sk=90),
     "woven window documents": Case(predicate="woven", window=(40, 3), documents="mixed", B=2, S=90, Sk=90),
+    "listed prefix": Case(S=150, Sk=300, D=16, Dv=16, predicate="prefix", causal=False, B=2, listed=True),
+    "listed woven": Case(
+        S=300, Sk=150, D=16, Dv=16, predicate="woven", causal=False, hq=4, group=2, offset=1, listed=True
+    ),
+    "listed documents": Case(
+        S=290, Sk=290, D=16, Dv=16, B=2, documents="runs", predicate="woven", listed=True, window=(150, 3), causal=False
+    ),
+    "listed without a predicate": Case(S=300, Sk=300, D=16, Dv=16, hq=2, group=2, documents="mixed", listed=True, B=2),
     "everything": Case(
         S=150,
         Sk=150,
@@ -676,6 +685,77 @@ def check_ranges(pairs: Tensor, found: list[int], block: int, window: bool, exac
         if window and exact and start in partial:
             assert tile.any(), "a tile that holds nothing is visited"
             assert tile.shape[1] < block or not tile.all(), "a full tile is asked for every pair"
+
+
+def tiles_visited(options: Options, S: int, M: int, N: int) -> tuple[int, int]:
+    """Tiles that the query kernels visit, and the kernel of dk and dv."""
+    found = tiles_of(options, S, S, M, N)[:2]
+    gaps = _options.flags(options).gaps
+    return tuple(
+        sum(len(partial_tiles(r, block, gaps)) + len(range(r[0], r[1], block)) for r in ranges.tolist())
+        for ranges, block in zip(found, (N, M), strict=True)
+    )
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["dense", "causal"])
+def test_work_of_documents_follows_the_sum_of_their_squares(causal: bool) -> None:
+    """Tiles of 64 x 32 visited in 4,096 tokens: one document, 8 of 512, 32 of 128, and uneven ones."""
+    S, M, N = 4096, 64, 32
+    one = tiles_visited(Options(1.0, causal, HeadMap(1, 0)), S, M, N)
+    lengths = {
+        "1 x 4096": [4096], "8 x 512": [512] * 8, "32 x 128": [128] * 32,
+        "uneven": [2500, 0, 1, 1000, 1, 250, 0, 344],
+    }  # fmt: skip
+    for name, documents in lengths.items():
+        assert sum(documents) == S
+        ids = torch.arange(len(documents)).repeat_interleave(torch.tensor(documents))[None]
+        options = Options(1.0, causal, HeadMap(1, 0), documents=_documents.documents(ids))
+        visited = tiles_visited(options, S, M, N)
+        share = sum(n * n for n in documents) / S**2
+        edges = sum(2 * n * (M + N) + (M + N) ** 2 for n in documents) / S**2  # tiles that reach over an edge
+        print(f"{name}: {visited} of {one} tiles, sum of squares {share:.4f} of the square")
+        for found, whole in zip(visited, one, strict=True):
+            assert share * whole <= found + 1 and found <= (share + edges) * whole * (2 if causal else 1)
+            assert name == "1 x 4096" or found < 0.55 * whole
+
+
+def test_listed_tiles_are_what_is_visited_and_full_ones_are_not_asked() -> None:
+    """By lists that say other than the predicate: what is listed as full is kept whole, what is not listed not read."""
+    case = Case(S=256, Sk=256, D=16, Dv=16, hq=1, causal=False, predicate="woven")
+    memory = Memory(True)
+    p = problem(case, memory)
+    status = torch.tensor([[[[2, 0], [1, 2]]]], dtype=torch.uint8)
+    blocks = _blocks.lists(status, HeadMap(1, 2), 1, 1)
+    options = case.options._replace(blocks=blocks)
+    kept = status.repeat_interleave(128, 2).repeat_interleave(128, 3)
+    kept = (kept == 2) | ((kept == 1) & case.kept)
+    q, k, v = (x.double().transpose(0, 1) for x in (p.q, p.k, p.v))
+    expected, _ = oracle.attention(q, k, v, kept=kept, scale=case.scale)
+    for forward, _ in (KERNELS, TWINS)[:1]:
+        out = memory.rows(256, 1, 1, 16, torch.float32)
+        forward(p.q, p.k, p.v, [Span(0, (out, None))], None, options)
+        assert relative_error(out.transpose(0, 1), expected) < 2e-6
+
+
+def test_philox_is_that_of_its_authors() -> None:
+    """The first word for a counter and key of zeros and of ones, after 7 rounds (Random123, kat_vectors)."""
+    zero = torch.tensor(0)
+    assert int(_dropout.words(0, zero, zero, zero, zero)) == 0x5F6FB709
+    ones = torch.tensor(0xFFFFFFFF)
+    assert int(_dropout.words(2**64 - 1, ones, ones, ones, ones)) == 0x5207DDC2
+
+
+def test_dropout_drops_its_share() -> None:
+    """Of a million pairs, within five standard deviations; neighbours in any index are independent."""
+    batch, head = torch.arange(4).view(-1, 1, 1, 1), torch.arange(4).view(-1, 1, 1)
+    words = _dropout.words(7, batch, head, torch.arange(256).view(-1, 1), torch.arange(256))
+    for p in (0.1, 0.5, 0.9):
+        dropped = (words < _dropout.threshold(p)).double()
+        n = dropped.numel()
+        assert abs(dropped.mean().item() - p) < 5 * math.sqrt(p * (1 - p) / n)
+        for dim in range(4):
+            a, b = dropped.narrow(dim, 1, dropped.size(dim) - 1), dropped.narrow(dim, 0, dropped.size(dim) - 1)
+            assert abs(((a - p) * (b - p)).mean().item()) < 6 * p * (1 - p) / math.sqrt(a.numel())
 
 
 def test_work_of_a_window_follows_the_window() -> None:

@@ -122,7 +122,7 @@ def test_fused_forward_is_the_same_bits_for_every_number_of_ranks(attention):
         {"window": (9, 0)},
         {"window": (3, 14), "softcap": 2.0},
         {"dropout": 0.3, "sinks": True, "slopes": True},
-        {"documents": "runs", "mask": "strided", "causal": True},
+        {"documents": "runs", "mask": "gapped", "causal": True},
         {"mask": "ahead blocks", "dropout": 0.1},
     ],
     ids=str,

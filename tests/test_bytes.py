@@ -1,13 +1,17 @@
-"""The CPU path moves each byte once: every copy that PyTorch makes in a layer is counted, not assumed."""
+"""What a layer moves and launches, counted, not assumed: on the CPU path each byte once, and no option adds a pass."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
-from ulysses_triton import UlyssesGroup, ulysses_attention
+from ulysses_triton import UlyssesGroup, masks, ulysses_attention
+from ulysses_triton.kernels import _config
 
 BATCH, TOKENS, HEADS, DIM = 1, 128, 4, 16  # on two ranks, fp32
 PART = BATCH * (TOKENS // 2) * HEADS * DIM * 4  # bytes of one of q, k, v, O on a rank, in either layout
@@ -46,3 +50,79 @@ def test_a_layer_copies_each_byte_once(pool, attention):
         else:
             assert forward == 3 * PART + PART + LSE + PART + 3 * PART
             assert backward == PART + LSE + 3 * PART + 3 * PART + 4 * PART + 2 * LSE
+
+
+@masks.register
+@triton.jit
+def nearby(batch, head, q_pos, kv_pos):
+    return tl.abs(q_pos - kv_pos) < 64
+
+
+def options_of_a_rank(name, rank):
+    """Options by name, for a shard of TOKENS / 2 tokens; `blocks` of 128 tokens are one here."""
+    some = {
+        "window": {"window": (9, 3)},
+        "softcap": {"softcap": 5.0},
+        "sinks": {"sinks": torch.ones(HEADS, requires_grad=True)},
+        "slopes": {"alibi_slopes": torch.ones(HEADS, requires_grad=True)},
+        "segment_ids": {"segment_ids": torch.full((BATCH, TOKENS // 2), rank, dtype=torch.int32)},
+        "cu_seqlens": {"cu_seqlens": (0, 50, 50, TOKENS)},
+        "dropout": {"dropout_p": 0.1},
+        "mask": {"mask": nearby},
+        "block mask": {"mask": masks.block_mask(nearby, q_len=TOKENS)},
+        "return_lse": {"return_lse": True},
+    }
+    if name == "all":
+        return {k: v for key in some if key not in ("cu_seqlens", "mask") for k, v in some[key].items()}
+    return some.get(name, {})
+
+
+VIEWS = ("aten::as_strided", "aten::slice", "aten::squeeze", "aten::view")  # move nothing
+
+
+def passes_of_a_layer(ctx, name):
+    """Kernels launched, and how often each operation of PyTorch took in as much as half of a rank's q."""
+    launched = []
+    launch = _config.launch
+
+    def counting(kernel, *args, **kwargs):
+        launched.append(kernel.__name__.strip("_"))
+        return launch(kernel, *args, **kwargs)
+
+    q, k, v = (torch.randn(BATCH, TOKENS // 2, HEADS, 64, requires_grad=True) for _ in range(3))
+    options = options_of_a_rank(name, ctx.rank)
+    given = [x for x in options.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+    _config.launch = counting
+    try:
+        with UlyssesGroup(ctx.group) as group, torch.autograd.profiler.profile(record_shapes=True) as profile:
+            out = ulysses_attention(q, k, v, group, attention="triton", **options)
+            out, *lse = out if isinstance(out, tuple) else (out,)
+            torch.autograd.grad([out, *lse], (q, k, v, *given), [torch.ones_like(x) for x in (out, *lse)])
+    finally:
+        _config.launch = launch
+    large = [e.name for e in profile.function_events if any(math.prod(s) >= q.numel() // 2 for s in e.input_shapes)]
+    return launched, Counter(large)
+
+
+def test_no_option_adds_a_pass_over_rows(pool):
+    """Seven kernels in a layer, forward and backward, whatever the options; what they add works on one number a row."""
+    plain = pool.run(2, passes_of_a_layer, "none")
+    kernels = ["pack", "attend_forward", "unpack", "pack_grad", "attend_dq", "attend_dkv", "unpack_grad"]
+    for launched, _ in plain:
+        assert [name.removesuffix("_kernel") for name in launched] == kernels
+    names = [
+        "window",
+        "softcap",
+        "sinks",
+        "slopes",
+        "segment_ids",
+        "cu_seqlens",
+        "dropout",
+        "mask",
+        "block mask",
+        "all",
+    ]
+    for name in names:
+        for (launched, large), (_, large_of_plain) in zip(pool.run(2, passes_of_a_layer, name), plain, strict=True):
+            assert [n.removesuffix("_kernel") for n in launched] == kernels, name
+            assert not {n: c for n, c in (large - large_of_plain).items() if n not in VIEWS}, name

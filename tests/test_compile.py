@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo.testing
+import triton
+import triton.language as tl
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from ulysses_triton import UlyssesGroup, executor, op, ulysses_attention, ulysses_qkv_attention
+from ulysses_triton import UlyssesGroup, executor, masks, op, ulysses_attention, ulysses_qkv_attention
 from ulysses_triton.call import SCHEMA
 
 ROOT = Path(__file__).parent.parent
@@ -42,14 +44,14 @@ class Block(nn.Module):
         self.out = nn.Linear(HEADS * DIM, 32)
         self.q_norm = nn.Parameter(torch.ones(DIM))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, **given) -> torch.Tensor:
         qkv = self.qkv(self.norm(x))
         if self.fused:
             options = {"heads": HEADS, "kv_heads": KV_HEADS, "q_norm": self.q_norm, "k_norm": self.q_norm}
-            attended = ulysses_qkv_attention(qkv, self.group, causal=True, attention=self.attention, **options)
+            attended = ulysses_qkv_attention(qkv, self.group, causal=True, attention=self.attention, **options, **given)
         else:
             q, k, v = op.split_qkv(qkv, HEADS, KV_HEADS)
-            attended = ulysses_attention(q, k, v, self.group, causal=True, attention=self.attention)
+            attended = ulysses_attention(q, k, v, self.group, causal=True, attention=self.attention, **given)
         return x + self.out(attended.flatten(2)).tanh()
 
 
@@ -60,16 +62,24 @@ class Model(nn.Module):
         self.checkpointing = checkpointing
         self.options = {"context_fn": context_fn} if context_fn else {}
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, **given) -> torch.Tensor:
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False, **self.options) if self.checkpointing else block(x)
+            x = (
+                checkpoint(block, x, use_reentrant=False, **self.options, **given)
+                if self.checkpointing
+                else block(x, **given)
+            )
         return x
 
 
-def gradients(model, run, x):
+def gradients(model, run, x, **given):
     x = x.clone().requires_grad_()
-    out = run(x)
-    wanted = [x, *(p for n, p in model.named_parameters() if model.blocks[0].fused or "q_norm" not in n)]
+    out = run(x, **given)
+    wanted = [
+        x,
+        *(t for t in given.values() if isinstance(t, torch.Tensor) and t.requires_grad),
+        *(p for n, p in model.named_parameters() if model.blocks[0].fused or "q_norm" not in n),
+    ]
     return [out.detach(), *torch.autograd.grad(out.square().sum(), wanted)]
 
 
@@ -87,6 +97,56 @@ def hold_compiled(group, backend, fused, checkpointing, batch=2):
 def test_a_model_is_one_graph(backend, fused, checkpointing):
     with UlyssesGroup() as group:
         hold_compiled(group, backend, fused, checkpointing)
+
+
+@masks.register
+@triton.jit
+def every_other(batch, head, q_pos, kv_pos, step_ptr):
+    return (q_pos - kv_pos) % tl.load(step_ptr) == 0
+
+
+OPTIONS = {
+    "segment_ids": lambda: {"segment_ids": torch.tensor([[0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2]] * 2)},
+    "cu_seqlens": lambda: {"cu_seqlens": torch.tensor([0, 5, 5, 12])},
+    "cu_seqlens as ints": lambda: {"cu_seqlens": (0, 5, 5, 12)},
+    "sinks and slopes": lambda: {
+        "sinks": torch.randn(HEADS, requires_grad=True), "alibi_slopes": torch.rand(HEADS, requires_grad=True)
+    },
+    "dropout with a seed": lambda: {"dropout_p": 0.3, "dropout_seed": 11},
+    "predicate": lambda: {"mask": (every_other, torch.tensor([2]))},
+    "block mask": lambda: {"mask": masks.block_mask((every_other, torch.tensor([3])), q_len=12)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_are_in_the_graph(name, checkpointing):
+    given = OPTIONS[name]()
+    x = torch.randn(1 if "cu_seqlens" in name else 2, 12, 32, generator=torch.Generator().manual_seed(1))
+    with UlyssesGroup() as group:
+        model = Model(group, fused=False, checkpointing=checkpointing)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        pairs = zip(gradients(model, compiled, x, **given), gradients(model, model, x, **given), strict=True)
+        for got, expected in pairs:
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_drawn_dropout_is_the_same_when_activations_are_computed_again(compiled):
+    """Under checkpointing the seed is drawn twice: a gradient of other drops than the loss's would not be one."""
+    x = torch.randn(1, 12, 32, generator=torch.Generator().manual_seed(1))
+    with UlyssesGroup() as group:
+        found = []
+        for checkpointing in (False, True):
+            model = Model(group, fused=False, checkpointing=checkpointing)
+            run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+            torch.manual_seed(5)
+            found.append(gradients(model, run, x, dropout_p=0.5))
+            torch.manual_seed(6)
+            other = gradients(model, run, x, dropout_p=0.5)
+            assert not torch.equal(other[0], found[-1][0])
+        for plain, again in zip(*found, strict=True):
+            torch.testing.assert_close(plain, again)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

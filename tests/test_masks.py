@@ -364,6 +364,8 @@ def test_combine_by_brute_force(data: st.DataObject) -> None:
 
     found = _blocks.combine(None, options, S, Sk, block=BLOCK)
     exact = dense_status(kept[:, None], BLOCK)
+    if Sk % BLOCK:  # loads of a block that reaches past the keys need a mask
+        exact[..., -1].clamp_(max=1)
     assert found.dtype == torch.uint8 and found.shape == exact.shape
     if one_run:
         assert torch.equal(found, exact)

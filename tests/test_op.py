@@ -9,19 +9,44 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from layer import Case, run, truth, whole_inputs
 from torch.library import opcheck
 
-from ulysses_triton import GroupError, UlyssesGroup, op, run_virtual, ulysses_attention, ulysses_qkv_attention
+from ulysses_triton import GroupError, UlyssesGroup, masks, op, run_virtual, ulysses_attention, ulysses_qkv_attention
+from ulysses_triton.call import Call
 from ulysses_triton.exchange.pool import Pool, size_class
+from ulysses_triton.kernels._documents import documents
 
 
-def op_arguments(group, q, k, v, *, norms=(None, None), recompute=False, return_lse=False, grad=True, causal=True):
+def op_arguments(group, q, k, v, **given) -> Call:
     heads, kv_heads = (0, 0) if k is not None else (2, 1)
-    return (
-        q, k, v, None, None, *norms, group.name, heads, kv_heads, [], [], causal, 0.25, [], None, False, 0, 1e-6,
-        "reference", recompute, return_lse, grad, op.ABI,
+    plain = Call(
+        q, k, v, cos=None, sin=None, q_norm=None, k_norm=None, sinks=None, slopes=None, q_documents=None,
+        k_documents=None, blocks=None, seed=None, captured=[], group=group.name, heads=heads, kv_heads=kv_heads,
+        lens=[], kv_lens=[], causal=True, scale=0.25, window=[], softcap=None, dropout_p=0.0, dropout_seed=None,
+        predicate="", rope_interleaved=False, rope_dim=0, norm_eps=1e-6, attention="reference", recompute=False,
+        return_lse=False, grad=True, abi=op.ABI,
     )  # fmt: skip
+    return plain._replace(**given)
+
+
+def every_option() -> dict:
+    """For a batch of 2 with 6 tokens and 2 heads."""
+    tables = documents(torch.tensor([[0, 0, 1, 1, 1, 2], [0, 0, 0, 0, -1, -1]]))
+    return {
+        "sinks": torch.randn(2, requires_grad=True), "slopes": torch.rand(2, requires_grad=True),
+        "q_documents": tables.q, "k_documents": tables.k, "captured": [torch.tensor([3, 1])], "predicate": "beginning",
+        "blocks": torch.ones(1, 1, 1, 1, dtype=torch.uint8), "dropout_p": 0.3, "seed": torch.tensor(5),
+        "window": [4, 0], "softcap": 3.0,
+    }  # fmt: skip
+
+
+@masks.register
+@triton.jit
+def beginning(batch, head, q_pos, kv_pos, length_ptr):
+    return kv_pos <= q_pos + tl.load(length_ptr + batch)
 
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
@@ -34,27 +59,36 @@ def test_opcheck_of_the_op(recompute, return_lse, dims):
     q, k, v = (torch.randn(2, 6, 2, dim, requires_grad=True) for dim in (dims[0], *dims))
     with UlyssesGroup() as group:
         arguments = op_arguments(group, q, k, v, recompute=recompute, return_lse=return_lse)
-        opcheck(torch.ops.ulysses_triton.attention.default, arguments, test_utils=CHECKS)
+        opcheck(torch.ops.ulysses_triton.attention.default, tuple(arguments), test_utils=CHECKS)
+
+
+def test_opcheck_of_the_op_with_every_option():
+    q, k, v = (torch.randn(2, 6, 2, 16, requires_grad=True) for _ in range(3))
+    with UlyssesGroup() as group:
+        arguments = op_arguments(group, q, k, v, return_lse=True, **every_option())
+        opcheck(torch.ops.ulysses_triton.attention.default, tuple(arguments), test_utils=CHECKS)
 
 
 def test_opcheck_of_the_op_on_a_fused_projection():
     qkv, weights = torch.randn(1, 6, 4 * 16, requires_grad=True), [torch.rand(16, requires_grad=True) for _ in range(2)]
     with UlyssesGroup() as group:
-        arguments = op_arguments(group, qkv, None, None, norms=weights)
-        opcheck(torch.ops.ulysses_triton.attention.default, arguments, test_utils=CHECKS)
+        arguments = op_arguments(group, qkv, None, None, q_norm=weights[0], k_norm=weights[1])
+        opcheck(torch.ops.ulysses_triton.attention.default, tuple(arguments), test_utils=CHECKS)
 
 
+@pytest.mark.parametrize("options", [False, True], ids=["plain", "every option"])
 @pytest.mark.parametrize("fused", [False, True], ids=["q, k, v", "fused"])
-def test_opcheck_of_the_backward_op(fused):
+def test_opcheck_of_the_backward_op(fused, options):
     with UlyssesGroup() as group:
         q, k, v = (torch.randn(2, 6, 2, 16) for _ in range(3))
         given = (torch.randn(2, 6, 4 * 16), None, None) if fused else (q, k, v)
-        out, _, rows = torch.ops.ulysses_triton.attention(*op_arguments(group, *given))
-        arguments = (
-            torch.randn_like(out), None, out, rows, fused, 16, 6, *(given if fused else (None,) * 3), *(None,) * 4,
-            group.name, 2, 1 if fused else 2, [], [], True, 0.25, [], None, False, 0, 1e-6, "reference", False, False,
-            True, op.ABI,
-        )  # fmt: skip
+        chosen = every_option() if options else {}
+        chosen |= {name: chosen[name].detach() for name in ("sinks", "slopes") if options}
+        call = op_arguments(group, *given, **chosen)
+        out, _, rows = torch.ops.ulysses_triton.attention(*call)
+        call = call._replace(heads=2, kv_heads=1 if fused else 2)
+        call = call if fused else call._replace(q=None, k=None, v=None)
+        arguments = (torch.randn_like(out), None, out, rows, fused, 16, 6, options, *call)
         checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
         opcheck(torch.ops.ulysses_triton.attention_backward.default, arguments, test_utils=checks)
 
@@ -63,8 +97,7 @@ def test_opcheck_of_the_backward_op(fused):
 def test_opcheck_of_the_halves(dim):
     q, k, v = (torch.randn(2, 6, 2, dim, requires_grad=True) for _ in range(3))
     with UlyssesGroup() as group:
-        arguments = list(op_arguments(group, q, k, v))
-        arguments[-5] = "callable"
+        arguments = op_arguments(group, q, k, v, attention="callable")
         opcheck(torch.ops.ulysses_triton.exchange_in.default, tuple(arguments), test_utils=CHECKS)
         out = torch.randn(6, 2, 2, dim, requires_grad=True)
         opcheck(

@@ -17,7 +17,6 @@ from .packed import Offsets, kept_tables
 from .packed import check as check_packing
 from .packed import tables as packed_tables
 from .placement import place
-from .shard import gather_sequence
 
 Attention = str | Callable[..., Tensor]
 
@@ -89,8 +88,8 @@ def ulysses_attention(
         attention: "auto"; "triton" or "aten" (PyTorch's kernel) to insist on one; or a callable
             `attention(q, k, v, causal=..., scale=...)` that gets `[B, S, h, D]` views of the whole sequence with this
             rank's heads (fewer for k and v under GQA) and returns `[B, S, h, Dv]`. Where they are given it also gets
-            `window=`, `softcap=`, `cu_seqlens=`, `cu_seqlens_k=`, `segment_ids=` as `[B, S]`, and `sinks=` and
-            `alibi_slopes=` of its heads.
+            `window=`, `softcap=`, `cu_seqlens=`, `cu_seqlens_k=`, `segment_ids=` as `[B, S]` (numbered anew),
+            and `sinks=` and `alibi_slopes=` of its heads.
         recompute: "exchange" saves only the inputs for backward (beside the output) and exchanges again; None saves the
             exchanged q, k and v.
         return_lse: also return the log-sum-exp of the scores, `[B, L, Hq]`, natural log, fp32 (fp64 for fp64).
@@ -258,9 +257,7 @@ def _attend(
                 f"the block mask is for {mask.q_len} queries and {mask.kv_len} keys; the whole sequence has "
                 f"{sum(all_lens)} and {sum(all_kv_lens)}"
             )
-    tables: tuple[Tensor | None, Tensor | None] = (None, None)
-    if isinstance(attention, str):
-        tables = _documents(group, packing, all_lens, all_kv_lens, qkv[0])
+    tables = _documents(group, packing, all_lens, all_kv_lens, qkv[0])
     leaves = (*qkv, *transform[2:], sinks, slopes)
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in leaves if t is not None)
     call = Call(
@@ -346,8 +343,8 @@ def _around(group: UlyssesGroup, attention: Callable[..., Tensor], call: Call, p
     share = place(problem).shares[group.rank]
     sinks, slopes = (None if x is None else x[share.q_start : share.q_stop] for x in (call.sinks, call.slopes))
     segment_ids, cu_seqlens, cu_seqlens_k = packing
-    if segment_ids is not None:
-        segment_ids = gather_sequence(segment_ids, group, lens=problem.lens)
+    if segment_ids is not None and call.q_documents is not None:
+        segment_ids = call.q_documents[0]  # of all ranks' tokens, numbered anew
     given = {
         "window": problem.window, "softcap": problem.softcap, "sinks": sinks, "alibi_slopes": slopes,
         "segment_ids": segment_ids, "cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k,

@@ -180,6 +180,8 @@ def agreed(what: str, call: Call) -> tuple[UlyssesGroup, Problem, Inputs]:
     group = by_name(call.group)
     try:
         problem, inputs = describe(group, call)
+        if problem.attention == "reference" and inputs.predicate is not None and problem.seq and problem.kv_seq:
+            masks.ask(inputs.predicate)
     except UlyssesError as error:
         group.refuse(error)
         raise

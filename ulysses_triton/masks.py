@@ -23,12 +23,13 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from .errors import OptionError
-from .kernels import _blocks
+from .kernels import _blocks, _predicate
 from .kernels._views import Predicate
 
 Function = TypeVar("Function", bound=Any)
 
 _registered: dict[str, Any] = {}
+_captures: dict[str, int] = {}  # how many tensors each of them takes
 
 
 def _is_jitted(x: Any) -> bool:
@@ -48,7 +49,17 @@ def register(fn: Function) -> Function:
         )
     if _registered.setdefault(name, fn) is not fn:
         raise OptionError(f"a mask predicate named {name} is registered already; rename one of them")
+    _captures[name] = len(parameters) - 4
     return fn
+
+
+def ask(predicate: Predicate) -> None:
+    """Raise OptionError for a predicate whose twin does not run: it is asked for the first pair."""
+    first = torch.zeros(1, 1, dtype=torch.int64, device=predicate.captured[0].device if predicate.captured else None)
+    try:
+        _predicate.evaluate(predicate, 0, 0, first, first)
+    except TypeError as error:
+        raise OptionError(str(error)) from error
 
 
 def by_name(name: str) -> Any:
@@ -127,11 +138,9 @@ def parse(mask: Any) -> tuple[str, tuple[Tensor, ...], Tensor | None]:
                 f"captured tensor {i} of the mask predicate {name} has strides {x.stride()}; the predicate gets a "
                 f"pointer to it: pass it .contiguous()"
             )
-    try:
-        inspect.signature(function.fn).bind(*range(4 + len(captured)))
-    except TypeError as error:
+    if len(captured) != _captures[name]:
         raise OptionError(
-            f"the mask predicate {name}{inspect.signature(function.fn)} is given {len(captured)} captured tensors; "
-            f"pass (predicate, *tensors) with one for each parameter after the fourth"
-        ) from error
+            f"the mask predicate {name} is given {len(captured)} captured tensors and takes {_captures[name]}; pass "
+            f"(predicate, *tensors) with one for each parameter after the fourth"
+        )
     return name, tuple(captured), None

@@ -6,6 +6,7 @@ and are compared instead. The tables are kept for the next layers that are given
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,7 +64,7 @@ def kept_tables(
         except UlyssesError as error:
             group.refuse(error)
             raise
-        group.agree("documents", "; ".join(f"cu_seqlens{'_k' * i}={found}" for i, found in enumerate(offsets)))
+        group.agree("documents", "; ".join(f"cu_seqlens{'_k' * i}={_brief(x)}" for i, x in enumerate(offsets)))
         ids = [_numbers(found).to(device) for found in offsets]
         return documents(*ids)
 
@@ -115,16 +116,23 @@ def _is_offsets(value: object) -> bool:
 def _check_offsets(offsets: Sequence[Sequence[int]], tokens: Sequence[int]) -> None:
     for name, found, end in zip(("cu_seqlens", "cu_seqlens_k"), offsets, tokens, strict=False):
         if found[0] != 0 or found[-1] != end or any(a > b for a, b in zip(found, found[1:], strict=False)):
-            shown = f"{found[:8]} ... {found[-1]}" if len(found) > 9 else f"{found}"
             raise ShapeError(
-                f"{name} = {shown}; offsets begin at 0, never fall and end at the {end} tokens of the whole sequence "
-                "(padding may be a last document)"
+                f"{name} = {_brief(found)}; offsets begin at 0, never fall and end at the {end} tokens of the whole "
+                "sequence (padding may be a last document)"
             )
     if len({len(found) for found in offsets}) > 1:
         raise ShapeError(
             f"cu_seqlens has {len(offsets[0]) - 1} documents and cu_seqlens_k {len(offsets[1]) - 1}: every document "
             "needs its queries and its keys, if only none of them"
         )
+
+
+def _brief(found: Sequence[int]) -> str:
+    """The same text for the same offsets, and for others another; short enough to send."""
+    if len(found) <= 12:
+        return str(list(found))
+    digest = hashlib.blake2b(str(list(found)).encode(), digest_size=6).hexdigest()
+    return f"{list(found[:8])} ... {found[-1]} ({len(found)} offsets, digest {digest})"
 
 
 def _numbers(found: Sequence[int]) -> Tensor:
