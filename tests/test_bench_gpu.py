@@ -21,7 +21,7 @@ from ulysses_triton.kernels import _config, attend_forward, pack
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the benches are in no package that is installed
 
-from bench import _attend, _check, _layer, _move, gpu  # noqa: E402
+from bench import _attend, _check, _layer, _measure, _move, gpu  # noqa: E402
 from bench._data import Attention, Kernels, Movement  # noqa: E402
 from bench._record import commit, targets  # noqa: E402
 from bench._session import Session  # noqa: E402
@@ -226,6 +226,52 @@ def test_a_peer_that_is_wrong_or_fails_is_left_out() -> None:
     forward = peers.forward(case, rows)
     assert forward == {"zeros": "wrong: out is 1.0e+00 from ours", "fails": "RuntimeError: no kernel image"}
     assert peers.backward(case, rows, forward) == forward
+
+
+class Event:
+    """Of a device whose clock is the number of calls made so far."""
+
+    calls: list[str] = []
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = len(self.calls)
+
+    def elapsed_time(self, end: Event) -> float:
+        return float(end.at - self.at)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_calls_are_timed_in_turn(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_measure, "COLD_BYTES", 8)
+    monkeypatch.setattr(_measure, "SLOW", 0.0 if slow else 9.0)
+    monkeypatch.setattr(_measure, "SECONDS", 0.0)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(Event, "calls", [])
+    stopwatch = _measure.Stopwatch(torch.device("cpu"), dry=False)
+    found = stopwatch.time_all({"a": lambda: Event.calls.append("a"), "b": lambda: Event.calls.append("b")})
+    repeats, warm_up = (3, 2) if slow else (7, 4)
+    assert Event.calls == ["a"] * warm_up + ["b"] * warm_up + ["a", "b"] * repeats
+    assert found == dict.fromkeys("ab", _measure.Timing(1.0, 1.0, 1.0, repeats))
+
+
+@interpreted
+def test_what_was_done_is_recorded_when_a_run_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (Movement(L, 1, 2, 1, 16, 16, 1, "fp16") for L in (8, 16))
+    monkeypatch.setattr(_move, "DRY", (first, second))
+    monkeypatch.setattr(gpu, "WRITE_EVERY", 0.0)
+
+    def cut_off(q: Tensor, *others: Any) -> None:
+        if q.size(1) == second.L:
+            raise KeyboardInterrupt
+        pack.pack(q, *others)
+
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main(["--interpret", "--part", "move", "--out", str(tmp_path)], Kernels(pack=cut_off))
+    assert [case["case"] for case in records(tmp_path)["move"]["cases"]] == [str(first)] * 4
 
 
 @interpreted
