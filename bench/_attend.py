@@ -1,9 +1,9 @@
 """Times of attention, forward and backward, against other kernels on the same tensors in the same run.
 
 TFLOP/s count two matrix products in forward and five in backward over the attended pairs, whatever a kernel computes
-besides. Peers read the same rows through views; their backward computes delta itself, which ours gets from pack_grad. Slopes of
-ALiBi get no gradient, which peers do not know.
-All are timed in turn, call by call, so that the clock of the device is the same for all.
+besides. Peers read the same rows through views; their backward computes delta itself, which ours gets from pack_grad.
+Slopes of ALiBi get no gradient, which peers do not know. All are timed in turn, call by call, so that the clock of the
+device is the same for all.
 
 At the timed size the check takes some query rows of every head, and a gradient of the output that is zero in all
 others; every element must at least have been written. A peer must come near our result before it is timed.
