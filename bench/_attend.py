@@ -189,7 +189,11 @@ def sizes(case: Attention) -> dict[str, Any]:
 
 def _times(session: Session, work: float, call: Callable[[], None], peers: dict[str, Call | str]) -> dict[str, Any]:
     """Ours and the peers that can be called, in turn; of the others, why not."""
-    timings = session.stopwatch.time_all({"ours": call} | {n: peer for n, peer in peers.items() if callable(peer)})
+    try:
+        timings = session.stopwatch.time_all({"ours": call} | {n: peer for n, peer in peers.items() if callable(peer)})
+    except Exception as error:  # one that had been ready; nobody knows which
+        peers = {n: _reason(error) if callable(peer) else peer for n, peer in peers.items()}
+        timings = session.stopwatch.time_all({"ours": call})
 
     def said(timing: Timing) -> dict[str, Any]:
         return {"ms": milliseconds(timing), "tflop_per_s": timing.rate(work) / 1e3}
@@ -346,6 +350,12 @@ def _flex(case: Attention, rows: Rows, *, compiled: bool) -> Attend:
 Call = Callable[[], object]
 
 
+def _reason(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"no module {error.name}"
+    return f"{type(error).__name__}: {error}".removeprefix("Unavailable: ").splitlines()[0][:200]
+
+
 class Peers:
     """All other kernels, made ready for one case after the other: what calls each, or the reason why it cannot be."""
 
@@ -402,10 +412,8 @@ class Peers:
         begin = time.monotonic()
         try:
             return ready(name)
-        except ModuleNotFoundError as error:
-            return f"no module {error.name}"
         except Exception as error:  # a peer that fails is left out, for whatever reason
-            return f"{type(error).__name__}: {error}".removeprefix("Unavailable: ").splitlines()[0][:200]
+            return _reason(error)
         finally:
             self.spent[name] += time.monotonic() - begin
 

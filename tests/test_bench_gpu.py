@@ -228,6 +228,17 @@ def test_a_peer_that_is_wrong_or_fails_is_left_out() -> None:
     assert peers.backward(case, rows, forward) == forward
 
 
+def test_a_peer_that_fails_late_does_not_end_the_run() -> None:
+    def fails() -> object:
+        raise RuntimeError("out of memory")
+
+    session = on_cpu()
+    session.ceilings["matmul_tflop_per_s"] = 1.0
+    found = _attend._times(session, 1.0, lambda: None, {"a": fails, "b": lambda: None, "c": "not there"})
+    failed = {"unavailable": "RuntimeError: out of memory"}
+    assert found["ms"] and found["peers"] == {"a": failed, "b": failed, "c": {"unavailable": "not there"}}
+
+
 class Event:
     """Of a device whose clock is the number of calls made so far."""
 
