@@ -1,23 +1,25 @@
 """Every kernel against fp64 on the device itself: what must hold before anything is timed.
 
-References are plain PyTorch in fp64 on the same device and share nothing with the kernels. Copies must be exact; fp32
-results may be 2e-6 off (relative, by norm); where a layout kernel rounds to bf16 or fp16, by one rounding; attention in
-those dtypes at most twice as far as PyTorch's own attention is, or 2e-4.
+References are plain PyTorch in fp64 on the same device and share nothing with the kernels but the random words of
+dropout. Copies must be exact; fp32 results may be 2e-6 off (relative, by norm); where a layout kernel rounds to bf16 or
+fp16, by one rounding; attention in those dtypes at most twice as far as PyTorch's own attention is, or 2e-4.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from ulysses_triton import truth
-from ulysses_triton.kernels._views import HeadMap, Options, Span, Transform
+from ulysses_triton.kernels import _dropout
+from ulysses_triton.kernels._views import HeadGrads, Options, Span, Transform
 
-from ._data import DTYPES, Kernels, Memory, Movement, spans
+from ._data import DTYPES, SEED, Attention, Kernels, Memory, Movement, spans
 
 ONE_ROUNDING = {"bf16": 2**-9, "fp16": 2**-12, "fp32": truth.FP32}  # half a unit in the last place
 DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
@@ -44,6 +46,9 @@ class Check(NamedTuple):
     case: str
     run: Callable[[Kernels, torch.device], Findings]
 
+    def __str__(self) -> str:
+        return f"{self.kernel} {self.case}"
+
 
 def checks(*, dry: bool) -> Iterator[Check]:
     """All checks of single kernels; of a dry run, a few small ones in the dtypes that the interpreter computes."""
@@ -68,7 +73,7 @@ def _bound(function: Callable[..., Findings], case: object) -> Callable[[Kernels
 def _movements(dry: bool) -> Iterator[Movement]:
     if dry:
         yield Movement(37, 2, 4, 2, 16, 24, dtype="fp16")
-        yield Movement(37, 1, 6, 1, 24, 24, 3, dtype="fp32", rope=16, norm=True)
+        yield Movement(37, 1, 6, 1, 25, 25, 3, dtype="fp32", rope=16, norm=True)
         return
     transforms = ({"rope": 64, "norm": True}, {"rope": 32, "interleaved": True, "norm": True}, {"rope": 64})
     number = 0
@@ -84,6 +89,8 @@ def _movements(dry: bool) -> Iterator[Movement]:
     yield Movement(333, 2, 8, 2, 128, 64, 4, "bf16", aligned=False)
     yield Movement(333, 2, 8, 8, 64, 64, 8, "fp16", aligned=False, rope=64, interleaved=True)
     yield Movement(1, 1, 4, 4, 128, 128, 4, "bf16")
+    yield Movement(333, 2, 8, 2, 100, 33, 2, "bf16")  # heads of a row begin on multiples of 8 elements
+    yield Movement(333, 1, 12, 4, 33, 33, 6, "fp16", rope=32, norm=True)
 
 
 # -- layout
@@ -146,7 +153,8 @@ def check_pack(kernels: Kernels, device: torch.device, case: Movement) -> Findin
 
 def check_pack_grad(kernels: Kernels, device: torch.device, case: Movement) -> Findings:
     memory = Memory(device, aligned=case.aligned)
-    do, o = memory.filled(case.B, case.L, (case.Hq, case.Dv), (case.Hq, case.Dv), dtype=case.torch_dtype)
+    heads = (case.Hq, case.Dv)
+    do, o = memory.filled(case.B, case.L, heads, heads, dtype=case.torch_dtype, step=1)
     dlse = memory.normal(case.B, case.L, case.Hq)
     rows = case.o_rows(memory, filled=False)
     kernels.pack_grad(do, o, dlse, rows)
@@ -162,7 +170,7 @@ def check_pack_grad(kernels: Kernels, device: torch.device, case: Movement) -> F
 def check_unpack(kernels: Kernels, device: torch.device, case: Movement) -> Findings:
     memory = Memory(device, aligned=case.aligned)
     rows = case.o_rows(memory, filled=True)
-    (out,) = memory.rows(case.B, case.L, (case.Hq, case.Dv), dtype=case.torch_dtype)
+    (out,) = memory.rows(case.B, case.L, (case.Hq, case.Dv), dtype=case.torch_dtype, step=1)
     lse = memory.rows(case.B, case.L, (case.Hq, 1), dtype=torch.float32)[0][..., 0]
     kernels.unpack(rows, out, lse)
     o, stats = (torch.cat([getattr(r, name) for r in rows], 2).transpose(0, 1) for name in ("o", "stat"))
@@ -175,7 +183,7 @@ def check_unpack_grad(kernels: Kernels, device: torch.device, case: Movement) ->
     tf, angles = transform(case, memory)
     rows = case.qkv_rows(memory, gradients=True)
     heads = ((case.Hq, case.D), (case.Hkv, case.D), (case.Hkv, case.Dv))
-    dq, dk, dv = memory.rows(case.B, case.L, *heads, dtype=case.torch_dtype)
+    dq, dk, dv = memory.rows(case.B, case.L, *heads, dtype=case.torch_dtype, step=1)
     norms = kernels.unpack_grad(rows, q, k, dq, dk, dv, tf)
 
     sums = [torch.zeros(case.B, case.L, *shape, dtype=torch.float64, device=device) for shape in heads]
@@ -202,84 +210,53 @@ def check_unpack_grad(kernels: Kernels, device: torch.device, case: Movement) ->
 
 # -- attention
 
-
-@dataclass(frozen=True)
-class Attention:
-    """One local attention; its first query head has place `offset` in a group of `group`; spans end at `cuts`."""
-
-    S: int
-    Sk: int = 0  # 0 for S
-    B: int = 1
-    hq: int = 4
-    group: int = 2
-    offset: int = 0
-    D: int = 128
-    Dv: int = 128
-    causal: bool = True
-    dtype: str = "bf16"
-    scale: float = 0.0  # 0 for 1 / sqrt(D)
-    cuts: tuple[int, ...] = ()
-    aligned: bool = True
-    partial: bool = False  # dk and dv in fp32
-    window: tuple[int, int] | None = None
-    softcap: float | None = None
-
-    @property
-    def keys(self) -> int:
-        return self.Sk or self.S
-
-    @property
-    def hkv(self) -> int:
-        return (self.hq - 1 + self.offset) // self.group + 1
-
-    @property
-    def options(self) -> Options:
-        return Options(self.factor, self.causal, HeadMap(self.group, self.offset), self.window, self.softcap)
-
-    @property
-    def masks(self) -> dict[str, Any]:
-        return dict(causal=self.causal, window=self.window)
-
-    @property
-    def factor(self) -> float:
-        return self.scale or self.D**-0.5
-
-    @property
-    def kv_of(self) -> list[int]:
-        return [(h + self.offset) // self.group for h in range(self.hq)]
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
-
-    def __str__(self) -> str:
-        dims = str(self.D) if self.D == self.Dv else f"{self.D}-{self.Dv}"
-        sizes = f"S {self.S}" + f" Sk {self.Sk}" * bool(self.Sk) + f" B {self.B} heads {self.hq}/{self.hkv} D {dims}"
-        marks = ["causal" if self.causal else "dense"] + ["unaligned"] * (not self.aligned)
-        marks += [f"offset {self.offset}"] * bool(self.offset) + [f"scale {self.scale:g}"] * bool(self.scale)
-        marks += [f"window {self.window}"] * bool(self.window) + [f"softcap {self.softcap}"] * bool(self.softcap)
-        marks += [f"{len(self.cuts) + 1} spans"] * bool(self.cuts) + ["partial"] * self.partial
-        return " ".join([self.dtype, sizes, *marks])
+EXTRAS = (  # options by name, each alone and some together
+    {"documents": (0, 0, 1, 2, 2, 2, 3)},
+    {"documents": (4, 1, -1, 1, 0, 4, 4), "B": 2, "window": (90, 0)},  # in pieces, and padding
+    {"documents": (0, 1, 1, 2), "Sk": 333, "causal": False},  # documents begin elsewhere among the keys
+    {"sinks": True},
+    {"sinks": True, "window": (40, 7), "Sk": 200, "causal": False},  # and queries without keys
+    {"alibi": True},
+    {"alibi": True, "documents": (0, 0, 1), "causal": False},
+    {"dropout": 0.3},
+    {"dropout": 0.5, "causal": False, "B": 2, "offset": 1},
+    {"predicate": True, "causal": False, "B": 2, "offset": 1},
+    {"predicate": True, "causal": False, "B": 2, "offset": 1, "blocks": True},
+    {"predicate": True, "blocks": True, "documents": (0, 0, 1), "window": (150, 0)},
+    {"sinks": True, "alibi": True, "dropout": 0.1, "softcap": 5.0, "documents": (0, 1, 1), "predicate": True},
+)
 
 
 def _attentions(dry: bool) -> Iterator[Attention]:
     if dry:
-        yield Attention(70, B=2, D=16, Dv=24, dtype="fp32", cuts=(30,), group=3, offset=2)
-        yield Attention(40, Sk=53, hq=2, D=16, Dv=16, causal=False, dtype="fp16", partial=True)
-        yield Attention(70, D=16, Dv=16, causal=False, dtype="fp16", window=(20, 3), softcap=5.0)
+        yield Attention(70, D=16, Dv=24, dtype="fp32", cuts=(30,), group=3, offset=2)
+        yield Attention(40, Sk=53, hq=2, D=33, Dv=20, causal=False, dtype="fp16", partial=True)
+        yield Attention(70, D=16, causal=False, dtype="fp16", window=(20, 3), softcap=5.0)
+        yield Attention(40, hq=2, D=16, dtype="fp16", **EXTRAS[1])
+        yield Attention(150, hq=1, D=16, dtype="fp32", **EXTRAS[10])
+        yield Attention(70, hq=2, D=16, dtype="fp32", **EXTRAS[12])
         return
-    for D, Dv in DIMS:
-        for dtype in DTYPES:
-            for causal in (True, False):
-                yield Attention(397, B=2, D=D, Dv=Dv, dtype=dtype, causal=causal, cuts=(131, 132))
+    for causal in (True, False):
+        yield Attention(397, B=2, causal=causal, cuts=(131, 132))
     for dtype in ("bf16", "fp32"):
+        for extra in EXTRAS:
+            yield Attention(**{"S": 700, "dtype": dtype, **extra})
+        for D, Dv in ((100, 33), (33, 50)):
+            yield Attention(331, B=2, D=D, Dv=Dv, dtype=dtype)
         yield Attention(3, B=2, dtype=dtype)
         yield Attention(2048, hq=8, group=8, dtype=dtype)
         yield Attention(513, hq=4, group=3, offset=2, dtype=dtype, partial=True, cuts=(64, 200))
         yield Attention(257, D=72, Dv=40, dtype=dtype, causal=False, aligned=False)
         yield Attention(700, dtype=dtype, window=(256, 0))
         yield Attention(700, dtype=dtype, softcap=2.0)
-        yield Attention(700, D=64, Dv=64, dtype=dtype, causal=False, window=(100, 33), softcap=2.0)
+        yield Attention(700, D=64, dtype=dtype, causal=False, window=(100, 33), softcap=2.0)
+    for D, Dv in DIMS:
+        for dtype in DTYPES:
+            for causal in (True, False):
+                if (D, dtype) != (128, "bf16"):
+                    yield Attention(397, B=2, D=D, Dv=Dv, dtype=dtype, causal=causal, cuts=(131, 132))
+    yield Attention(700, D=256, sinks=True, alibi=True, documents=(0, 1, 1))
+    yield Attention(700, D=64, dtype="fp16", causal=False, dropout=0.2, predicate=True, blocks=True)
     yield Attention(200, Sk=331, dtype="fp32")
     yield Attention(331, Sk=200, dtype="fp32")
     yield Attention(1, Sk=901, dtype="fp32", causal=False)
@@ -287,82 +264,168 @@ def _attentions(dry: bool) -> Iterator[Attention]:
     yield Attention(331, Sk=200, dtype="fp32", causal=False, window=(40, 7))  # queries without keys
 
 
+class Pairs(NamedTuple):
+    """Which of some query rows attend which keys, `[B or 1, hq or 1, R, Sk]`, and how far ahead each key lies."""
+
+    kept: Tensor
+    ahead: Tensor
+
+
+def pairs_of(case: Attention, rows: Tensor) -> Pairs:
+    """By the definitions, of the queries at the positions `rows` `[R]`."""
+    device = rows.device
+    i, j = rows[:, None], torch.arange(case.keys, device=device)
+    ahead, kept = (j - i)[None, None], torch.ones((), dtype=torch.bool, device=device)
+    if case.documents:
+        q_ids, k_ids = case.ids(case.S, device), case.ids(case.keys, device)
+        ahead = (_places(k_ids)[:, None] - _places(q_ids)[:, rows, None])[:, None]
+        kept = ((q_ids[:, rows, None] == k_ids[:, None]) & (q_ids[:, rows, None] >= 0))[:, None]
+    back, forth = case.bounds
+    kept = kept & (ahead >= -back) & (ahead <= forth)
+    if case.predicate:
+        heads = (torch.arange(case.hq, device=device) + case.options(device).heads.first)[:, None, None]
+        kept = kept & ((j <= i) | (j < case.lengths(device)[:, None, None, None] * (heads % 3)))
+    return Pairs(kept, ahead)
+
+
+def _places(ids: Tensor) -> Tensor:
+    """Every token's position counted from the first token of its document, `[B, tokens]`."""
+    positions = torch.arange(ids.size(1), device=ids.device).expand_as(ids)
+    firsts = torch.full((len(ids), int(ids.max()) + 2), ids.size(1), device=ids.device)
+    firsts.scatter_reduce_(1, ids + 1, positions, "amin")
+    return positions - firsts.gather(1, ids + 1)
+
+
+def exact(
+    case: Attention, options: Options, tensors: tuple[Tensor, Tensor, Tensor, Tensor], dlse: Tensor | None, rows: Tensor
+) -> dict[str, Tensor]:
+    """In fp64: out `[R, B, hq, Dv]`, lse `[R, B, hq]`, dq `[R, B, hq, D]` of the query rows, and what they give to dk
+    and dv `[Sk, B, hkv, dim]`, dsinks and dslopes `[hq]`.
+
+    `tensors` are q and do of the rows, and all of k and v: `q, k, v, do`. dlse: `[R, B, hq]`.
+    """
+    q, k, v, do = (x.double() for x in tensors)
+    leaves = {"dq": q, "dk": k, "dv": v, "dsinks": options.sinks, "dslopes": options.slopes}
+    leaves = {name: x.detach().double().requires_grad_() for name, x in leaves.items() if x is not None}
+    kept, ahead = pairs_of(case, rows)
+    s = torch.einsum("rbhd,kbhd->bhrk", leaves["dq"], leaves["dk"][:, :, case.kv_of]) * case.factor
+    if case.softcap is not None:
+        s = torch.tanh(s / case.softcap) * case.softcap
+    if case.alibi:
+        s = s - leaves["dslopes"][:, None, None] * ahead.abs()
+    s = s.masked_fill(~kept, -torch.inf)
+    if case.sinks:
+        s = torch.cat([s, leaves["dsinks"][:, None, None].expand(*s.shape[:3], 1)], -1)
+    keyless = (s == -torch.inf).all(-1, keepdim=True)
+    finite = s.masked_fill(keyless, 0.0).logsumexp(-1, keepdim=True)
+    p = (s - finite).exp().masked_fill(keyless, 0.0)[..., : case.keys]
+    if case.dropout:
+        p = p * _stays(case, options, rows) / (1 - case.dropout)
+    out = torch.einsum("bhrk,kbhd->rbhd", p, leaves["dv"][:, :, case.kv_of])
+    lse = finite.squeeze(-1).permute(2, 0, 1)
+    total = (out * do).sum() + (0.0 if dlse is None else (lse * dlse.double()).sum())
+    grads = torch.autograd.grad(total, list(leaves.values()))
+    lse = lse.detach().masked_fill(keyless.squeeze(-1).permute(2, 0, 1), -torch.inf)
+    return {"out": out.detach(), "lse": lse} | dict(zip(leaves, grads, strict=True))
+
+
+def _stays(case: Attention, options: Options, rows: Tensor) -> Tensor:
+    """Which pairs dropout leaves, `[B, hq, R, Sk]`."""
+    batch, head, keys = (torch.arange(n, device=rows.device) for n in (case.B, case.hq, case.keys))
+    indices = batch[:, None, None, None], (head + options.heads.first)[:, None, None], rows[:, None], keys
+    return _dropout.words(SEED, *indices) >= round(case.dropout * 2**32)
+
+
+def limits(
+    case: Attention, options: Options, tensors: tuple[Tensor, Tensor, Tensor, Tensor], rows: Tensor
+) -> dict[str, float]:
+    """What each relative error may be; in bf16 and fp16 by the error of PyTorch's attention with the same mask.
+
+    It is given nothing but the mask, which it also knows to compute, and is held against fp64 of the same; queries
+    without keys attend every key there. Of sinks and slopes the error may be that of dq.
+    """
+    names = ("out", "dq", "dk", "dv")
+    if case.dtype == "fp32":
+        return dict.fromkeys((*names, "lse", "dsinks", "dslopes"), truth.FP32)
+    kept = pairs_of(case, rows).kept
+    kept = kept | ~kept.any(-1, keepdim=True)
+    *qkv, do = (x.transpose(0, 1).transpose(1, 2).contiguous() for x in tensors)  # [B, h, tokens, dim]
+    results = [_attention_by_torch(case, [x.to(t) for x in qkv], do.to(t), kept) for t in (qkv[0].dtype, torch.float64)]
+    errors = [truth.relative_error(x, y) for x, y in zip(*results, strict=True)]
+    found = {n: truth.allowed(case.torch_dtype, e) for n, e in zip(names, errors, strict=True)}
+    return found | {"lse": truth.FP32, "dsinks": found["dq"], "dslopes": found["dq"]}
+
+
+def _attention_by_torch(case: Attention, qkv: list[Tensor], do: Tensor, kept: Tensor) -> list[Tensor]:
+    """SDPA of `[B, h, tokens, dim]` in their dtype, and its gradients; channels of zeros make head dims fit."""
+    leaves = [x.detach().requires_grad_() for x in qkv]
+    width = -(-max(case.D, case.value_dim) // 8) * 8
+    q, k, v = (pad(x, (0, width - x.size(-1))) for x in leaves)
+    k, v = k[:, case.kv_of], v[:, case.kv_of]
+    mask = kept.expand(case.B, case.hq, *kept.shape[2:])
+    out = scaled_dot_product_attention(q, k, v, mask, scale=case.factor)[..., : case.value_dim]
+    return [out.detach(), *torch.autograd.grad(out, leaves, do)]
+
+
 class Inputs(NamedTuple):
-    """Tensors `[tokens, B, heads, dim]` of one attention, the truth, and what PyTorch's error is in this dtype."""
+    """Tensors `[tokens, B, heads, dim]` of one attention, the truth, and what errors may be."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     do: Tensor
-    exact: truth.Attention  # dk and dv of whole kv heads
     dlse: Tensor  # [S, B, hq]
-    peer: dict[str, float]
+    options: Options
+    exact: dict[str, Tensor]
+    limits: dict[str, float]
+
+    def held(self, results: dict[str, Tensor | None]) -> Findings:
+        """What became of each, against the truth."""
+        return {n: _near(x, self.exact[n], self.limits[n]) for n, x in results.items() if x is not None}
 
 
 def attention_inputs(case: Attention, memory: Memory) -> Inputs:
-    q, do = memory.filled(case.S, case.B, (case.hq, case.D), (case.hq, case.Dv), dtype=case.torch_dtype)
-    k, v = memory.filled(case.keys, case.B, (case.hkv, case.D), (case.hkv, case.Dv), dtype=case.torch_dtype)
+    q, do = memory.filled(case.S, case.B, (case.hq, case.D), (case.hq, case.value_dim), dtype=case.torch_dtype)
+    k, v = memory.filled(case.keys, case.B, (case.hkv, case.D), (case.hkv, case.value_dim), dtype=case.torch_dtype)
     dlse = memory.normal(case.S, case.B, case.hq)
-    batch_first = [x.transpose(0, 1) for x in (q, k[:, :, case.kv_of], v[:, :, case.kv_of], do)]  # a kv head for each
-    exact = truth.attention(
-        *batch_first, **case.masks, scale=case.factor, softcap=case.softcap, dlse=dlse.transpose(0, 1)
-    )  # fmt: skip
-    peer = {} if case.dtype == "fp32" else _peer_errors(case, batch_first)
-    sums = [x.new_zeros(case.B, case.keys, case.hkv, x.size(-1)) for x in (exact.dk, exact.dv)]
-    index = torch.tensor(case.kv_of, device=q.device)
-    dk, dv = (total.index_add_(2, index, x) for total, x in zip(sums, (exact.dk, exact.dv), strict=True))
-    return Inputs(q, k, v, do, exact._replace(dk=dk, dv=dv), dlse, peer)
-
-
-def _peer_errors(case: Attention, inputs: list[Tensor]) -> dict[str, float]:
-    """Errors of PyTorch's attention in this dtype, without what it does not know: the LSE's gradient, and softcap."""
-    *qkv, do = (x.detach().contiguous() for x in inputs)  # PyTorch's kernels want aligned rows
-    leaves = [x.requires_grad_() for x in qkv]
-    out = truth.sdpa(*leaves, **case.masks, scale=case.factor)
-    grads = torch.autograd.grad(out, leaves, do)
-    same = truth.attention(*inputs, **case.masks, scale=case.factor)
-    values, wanted = (out.detach(), *grads), (same.out, same.dq, same.dk, same.dv)
-    return {n: truth.relative_error(x, y) for n, x, y in zip(("out", "dq", "dk", "dv"), values, wanted, strict=True)}
-
-
-def _limit(case: Attention, peer: dict[str, float], name: str) -> float:
-    if name == "lse":
-        return truth.FP32
-    return truth.allowed(case.torch_dtype, peer.get(name, 0.0))
+    options, rows = case.options(memory.device), torch.arange(case.S, device=memory.device)
+    found = exact(case, options, (q, k, v, do), dlse, rows)
+    return Inputs(q, k, v, do, dlse, options, found, limits(case, options, (q, k, v, do), rows))
 
 
 def _joined(parts: list[Span], view: int) -> Tensor:
-    return torch.cat([part.views[view] for part in parts if part.views[view] is not None]).transpose(0, 1)
+    return torch.cat([part.views[view] for part in parts if part.views[view] is not None])
 
 
 def check_attend_forward(kernels: Kernels, device: torch.device, case: Attention) -> Findings:
     memory = Memory(device, aligned=case.aligned)
     p = attention_inputs(case, memory)
-    out = spans(memory, case.S, case.cuts, case.B, (case.hq, case.Dv), dtype=case.torch_dtype)
+    out = spans(memory, case.S, case.cuts, case.B, (case.hq, case.value_dim), dtype=case.torch_dtype)
     stats = spans(memory, case.S, case.cuts, case.B, (case.hq, 1), dtype=torch.float32)
     to = [Span(o.start, (o.views[0], s.views[0][..., 0])) for o, s in zip(out, stats, strict=True)]
     lse = memory.nan(case.hq, case.B, case.S, dtype=torch.float32)
-    kernels.attend_forward(p.q, p.k, p.v, to, lse, case.options)
-    results = {"out": (_joined(to, 0), p.exact.out), "lse": (_joined(to, 1), p.exact.lse)}
-    found = {n: _near(x, y, _limit(case, p.peer, n)) for n, (x, y) in results.items()}
-    found["lse of the heads"] = _exact(lse.permute(1, 2, 0), _joined(to, 1))
+    kernels.attend_forward(p.q, p.k, p.v, to, lse, p.options)
+    found = p.held({"out": _joined(to, 0), "lse": _joined(to, 1)})
+    found["lse of the heads"] = _exact(lse.permute(2, 1, 0), _joined(to, 1))
     return found | _beside(memory)
 
 
 def check_attend_backward(kernels: Kernels, device: torch.device, case: Attention) -> Findings:
     memory = Memory(device, aligned=case.aligned)
     p = attention_inputs(case, memory)
-    lse = p.exact.lse.permute(2, 0, 1).float().contiguous()
+    lse = p.exact["lse"].permute(2, 1, 0).float().contiguous()
     delta = memory.rows(case.S, case.B, (case.hq, 1), dtype=torch.float32)[0][..., 0]
-    delta.copy_((p.exact.out.transpose(0, 1) * p.do.double()).sum(-1) - p.dlse)
+    delta.copy_((p.exact["out"] * p.do.double()).sum(-1) - p.dlse)
     sums = torch.float32 if case.partial else case.torch_dtype
     key_cuts = tuple(cut for cut in case.cuts if cut < case.keys)
     dq = spans(memory, case.S, case.cuts, case.B, (case.hq, case.D), dtype=case.torch_dtype)
-    dkv = spans(memory, case.keys, key_cuts, case.B, (case.hkv, case.D), (case.hkv, case.Dv), dtype=sums)
-    kernels.attend_backward(p.q, p.k, p.v, p.do, lse, delta, dq, dkv, case.options)
-    results = {
-        "dq": (_joined(dq, 0), p.exact.dq),
-        "dk": (_joined(dkv, 0), p.exact.dk),
-        "dv": (_joined(dkv, 1), p.exact.dv),
-    }
-    return {n: _near(x, y, _limit(case, p.peer, n)) for n, (x, y) in results.items()} | _beside(memory)
+    dkv = spans(memory, case.keys, key_cuts, case.B, (case.hkv, case.D), (case.hkv, case.value_dim), dtype=sums)
+    heads = head_grads(p.options)
+    kernels.attend_backward(p.q, p.k, p.v, p.do, lse, delta, dq, dkv, p.options, heads)
+    results = {"dq": _joined(dq, 0), "dk": _joined(dkv, 0), "dv": _joined(dkv, 1)}
+    return p.held(results | {"dsinks": heads.sinks, "dslopes": heads.slopes}) | _beside(memory)
+
+
+def head_grads(options: Options) -> HeadGrads:
+    """NaN for the gradients of what the options give per head."""
+    return HeadGrads(*(None if x is None else torch.full_like(x, torch.nan) for x in (options.sinks, options.slopes)))

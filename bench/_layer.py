@@ -1,21 +1,27 @@
 """A whole layer on virtual ranks: threads of one process that share the device.
 
 Checked against fp64, and its results must be the same bits for every number of ranks. Timed, it is the work of all
-ranks together, on one device, without a network: what the layer adds to attention.
+ranks together, on one device, without a network: what the layer adds to attention. In a second run all ranks begin
+every step together, and end it when the device is idle: time per phase. Virtual ranks write into each other's buffers,
+so the bytes move in pack, attend and their gradients, the exchanges only wait, and there is no unpack in forward.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from ulysses_triton import truth
+from ulysses_triton import executor, truth
 from ulysses_triton.case import Case, Inputs, Layer, Results, draw, exact, peer
 from ulysses_triton.group import UlyssesGroup, run_virtual
 
@@ -26,7 +32,9 @@ from ._record import table
 from ._session import Session, milliseconds, verdict
 
 RANKS = (1, 2, 4)
-REPEATS = 7
+TIMED_RANKS = (1, 2, 4, 8)
+REPEATS, PHASE_REPEATS = 7, 3
+STEPS = ("_pack", "_attend", "_unpack", "_pack_grad", "_attend_backward", "_unpack_grad", "_finish")  # of the executor
 
 
 def checks(*, dry: bool) -> list[Check]:
@@ -79,30 +87,33 @@ def _results(case: Case, inputs: Inputs) -> Results:
 
 def cases(*, dry: bool) -> list[Case]:
     if dry:
-        return [Case(32, 1, 4, 2, 16, 16, "fp16", attention="triton")]
-    big = Case(32768, 1, 32, 8, 128, 128, "bf16", attention="triton")
-    return [big, replace(big, tokens=8192), replace(big, rope=True, qk_norm=True)]
+        layers, numbers = [Case(16, 1, 4, 2, 16, 16, "fp16", attention="triton")], TIMED_RANKS[1:3]
+    else:
+        numbers = TIMED_RANKS
+        big = Case(32768, 1, 32, 8, 128, 128, "bf16", attention="triton")
+        layers = [big, replace(big, rope=True, qk_norm=True), replace(big, tokens=8192)]
+    return [replace(layer, ranks=ranks) for layer in layers for ranks in numbers]
 
 
-def run(session: Session) -> list[dict[str, Any]]:
-    records = []
-    for check in checks(dry=session.dry)[:1]:
-        session.gate("layer", check.case, partial(check.run, session.kernels, session.device))
-    for case in session.in_time(cases(dry=session.dry)):
-        inputs = draw(case, session.device)
-        base = _sdpa(session, case, inputs)
-        for ranks in session.in_time(RANKS):
-            on = replace(case, ranks=ranks)
-            record, right = session.gate("layer", str(on), partial(_sampled, on, inputs))
+def run(session: Session) -> Iterator[list[dict[str, Any]]]:
+    gate = checks(dry=session.dry)[0]
+    wanted = session.in_time(cases(dry=session.dry))
+    for number, (layer, group) in enumerate(groupby(wanted, lambda case: replace(case, ranks=1))):
+        if number == 0:
+            session.gate("layer", gate.case, partial(gate.run, session.kernels, session.device))
+        inputs = draw(layer, session.device)
+        base = _sdpa(session, layer, inputs)
+        for case in group:
+            record, right = session.gate("layer", str(case), partial(_sampled, case, inputs))
             if right:
-                forward, backward = _times(session, on, inputs)
+                forward, backward = _times(session, case, inputs)
                 record |= {
-                    "ranks": ranks,
+                    "ranks": case.ranks,
                     "ms": {"forward": milliseconds(forward), "backward": milliseconds(backward)},
+                    "phases_ms": _phases(session, case, inputs),
                     "sdpa_ms": {name: milliseconds(t) for name, t in base.items()},
                 }
-            records.append(record)
-    return records
+            yield [record]
 
 
 def _sampled(case: Case, inputs: Inputs) -> Findings:
@@ -158,21 +169,59 @@ class _Marks:
         self.milliseconds: list[float] = []
 
     def begin(self) -> None:
-        self._settle()
+        _settle(self.session, self.level)
         self.start = time.perf_counter()
 
     def end(self) -> None:
-        self._settle()
+        _settle(self.session, self.level)
         self.milliseconds.append((time.perf_counter() - self.start) * 1e3)
 
     def pairs(self) -> list[tuple[float, float]]:
         return list(zip(self.milliseconds[::2], self.milliseconds[1::2], strict=True))
 
-    def _settle(self) -> None:
-        self.level.wait()
-        if self.session.device.type == "cuda":
-            torch.cuda.synchronize(self.session.device)
-        self.level.wait()
+
+def _settle(session: Session, level: threading.Barrier) -> None:
+    level.wait()
+    if session.device.type == "cuda":
+        torch.cuda.synchronize(session.device)
+    level.wait()
+
+
+def _phases(session: Session, case: Case, inputs: Inputs) -> dict[str, float]:
+    """Median milliseconds of each step, in their order, the exchanges by name."""
+    level = threading.Barrier(case.ranks, timeout=120)
+    found: dict[str, list[float]] = {}
+
+    def work(group: UlyssesGroup) -> None:
+        layer = Layer(case, inputs, group)
+        for _ in range(1 if session.dry else PHASE_REPEATS + 1):
+            layer.backward(layer.forward())
+
+    with _timed_steps(session, level, found):
+        run_virtual(case.ranks, work)
+    return {name: quantiles(times[-PHASE_REPEATS:]).p50 for name, times in found.items()}  # the first one warms up
+
+
+def _timed_steps(
+    session: Session, level: threading.Barrier, found: dict[str, list[float]]
+) -> AbstractContextManager[object]:
+    """Inside, every step of a layer begins when all ranks have come to it and the device is idle, and ends likewise."""
+
+    def timed(method: str) -> Callable[..., None]:
+        step = getattr(executor._Run, method)
+
+        def run(self: executor._Run, *name: str) -> None:
+            _settle(session, level)
+            begin = time.perf_counter()
+            step(self, *name)
+            _settle(session, level)
+            if self.group.rank == 0:
+                times = found.setdefault(*(name or (method.removeprefix("_"),)), [])
+                times.append((time.perf_counter() - begin) * 1e3)
+
+        return run
+
+    return mock.patch.multiple(executor._Run, **{method: timed(method) for method in STEPS})
 
 
 def _sdpa(session: Session, case: Case, inputs: Inputs) -> dict[str, Timing]:
@@ -191,4 +240,7 @@ def show(records: list[dict[str, Any]]) -> str:
         medians = [side.get(name, {}).get("p50") for side in (ours, sdpa) for name in ("forward", "backward")]
         return r["case"], *medians, verdict(r)
 
-    return table(("case", "forward ms", "backward ms", "SDPA forward", "SDPA backward", "check"), map(line, records))
+    header = ("case", "forward ms", "backward ms", "SDPA forward", "SDPA backward", "check")
+    names = list(dict.fromkeys(name for r in records for name in r.get("phases_ms", {})))
+    phases = [(r["case"], *(r["phases_ms"].get(name) for name in names)) for r in records if "phases_ms" in r]
+    return table(header, map(line, records)) + "\n\n" + table(("ms per phase", *names), phases)

@@ -10,7 +10,10 @@ import torch
 
 COLD_BYTES = 2 << 30  # written before each timed call: many times an L2, and it lets the host run ahead of the device
 COPY_BYTES = 4 << 30
-WARM_UP = 3
+WARM_UP = 2  # pairs of calls
+SECONDS = 0.3  # for the repeats of a call
+SLOW = 0.05  # seconds of a call that is repeated LEAST_SLOW times at least, others LEAST
+LEAST, LEAST_SLOW = 7, 3
 
 
 class Timing(NamedTuple):
@@ -33,25 +36,44 @@ class Stopwatch:
         self.device, self.dry = device, dry
         self._cold = torch.empty(1 << 10 if dry else COLD_BYTES, dtype=torch.uint8, device=device)
 
-    def time(self, call: Callable[[], object], *, seconds: float = 0.3, least: int = 7, most: int = 60) -> Timing:
-        """Repeat `call` for about so many seconds, but at least and at most so many times, after a warm-up."""
+    def time(self, call: Callable[[], object], *, most: int = 60) -> Timing:
+        """Repeat `call` for about SECONDS, but at most so many times."""
+        return self.time_all({"": call}, most=most)[""]
+
+    def time_all(self, calls: dict[str, Callable[[], object]], *, most: int = 60) -> dict[str, Timing]:
+        """Each of the calls in turn, again and again: what changes with time, as the clock does, changes for all.
+
+        Slow ones are repeated less.
+        """
         if self.dry:
-            return quantiles([self._on_clock(call)])
+            return {name: quantiles([self._on_clock(call)]) for name, call in calls.items()}
+        seconds = sum(self._warm_up(call) for call in calls.values())
+        least = LEAST if seconds < SLOW * len(calls) else LEAST_SLOW
+        repeats = max(least, min(most, int(SECONDS * len(calls) / max(seconds, 1e-6))))
+        pairs: dict[str, list[list[torch.cuda.Event]]] = {name: [] for name in calls}
+        for _ in range(repeats):
+            for name, call in calls.items():
+                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                self._cold.zero_()
+                start.record()
+                call()
+                stop.record()
+                pairs[name].append([start, stop])
+        torch.cuda.synchronize(self.device)
+        return {name: quantiles([a.elapsed_time(b) for a, b in marks]) for name, marks in pairs.items()}
+
+    def _warm_up(self, call: Callable[[], object]) -> float:
+        """Seconds that the last of some calls took; a slow one is made twice only."""
         for _ in range(WARM_UP):
             call()
-        torch.cuda.synchronize(self.device)
-        begin = time.perf_counter()
-        call()
-        torch.cuda.synchronize(self.device)
-        repeats = max(least, min(most, int(seconds / max(time.perf_counter() - begin, 1e-6))))
-        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-        for start, stop in pairs:
-            self._cold.zero_()
-            start.record()
+            torch.cuda.synchronize(self.device)
+            begin = time.perf_counter()
             call()
-            stop.record()
-        torch.cuda.synchronize(self.device)
-        return quantiles([start.elapsed_time(stop) for start, stop in pairs])
+            torch.cuda.synchronize(self.device)
+            seconds = time.perf_counter() - begin
+            if seconds > SLOW:
+                break
+        return seconds
 
     def copy_bandwidth(self) -> float:
         """GB/s of a large copy on the device, bytes read and bytes written."""

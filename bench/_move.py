@@ -7,7 +7,7 @@ delta in that of pack_grad.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _check
 from ._data import Memory, Movement
-from ._record import table
+from ._record import ratio, table
 from ._session import Session, milliseconds, verdict
 
 TIMED = (
@@ -31,9 +31,9 @@ TIMED = (
 DRY = (Movement(40, 2, 4, 2, 16, 16, 2, "fp16"), Movement(24, 1, 4, 2, 16, 16, 2, "fp16", rope=16, norm=True))
 
 
-def run(session: Session) -> list[dict[str, Any]]:
-    records = []
+def run(session: Session) -> Iterator[list[dict[str, Any]]]:
     for case in session.in_time(DRY if session.dry else TIMED):
+        records = []
         for kernel in CALLS:
             if (case.rope or case.norm) and kernel in ("pack_grad", "unpack"):
                 continue  # they know no transform
@@ -42,25 +42,17 @@ def run(session: Session) -> list[dict[str, Any]]:
             if right:
                 record |= _times(session, kernel, case)
             records.append(record)
-    return records
+        yield records
 
 
 def _times(session: Session, kernel: str, case: Movement) -> dict[str, Any]:
     memory = Memory(session.device, seed=1)
     call, theirs, moved = CALLS[kernel](session, case, memory)
-    timing = session.stopwatch.time(call)
-    rate = timing.rate(moved)
-    peers = {}
-    if theirs is not None:
-        peer = session.stopwatch.time(theirs)
-        peers["permute"] = {"ms": milliseconds(peer), "gb_per_s": peer.rate(moved)}
-    return {
-        "bytes": moved,
-        "ms": milliseconds(timing),
-        "gb_per_s": rate,
-        "share_of_copy": rate / session.ceilings["copy_gb_per_s"],
-        "peers": peers,
-    }
+    timings = session.stopwatch.time_all({"ours": call} | ({"permute": theirs} if theirs else {}))
+    said = {name: {"ms": milliseconds(t), "gb_per_s": t.rate(moved)} for name, t in timings.items()}
+    ours = said.pop("ours")
+    share = ours["gb_per_s"] / session.ceilings["copy_gb_per_s"]
+    return ours | {"bytes": moved, "share_of_copy": share, "peers": said}
 
 
 Timed = tuple[Callable[[], object], Callable[[], object] | None, int]  # ours, PyTorch's, bytes
@@ -131,8 +123,8 @@ def show(records: list[dict[str, Any]]) -> str:
     rows = [
         (
             r["case"], r["kernel"], r.get("ms", {}).get("p50"), r.get("gb_per_s"), r.get("share_of_copy"),
-            r.get("peers", {}).get("permute", {}).get("gb_per_s"), verdict(r),
+            r.get("peers", {}).get("permute", {}).get("gb_per_s"), ratio(r, "permute"), verdict(r),
         )
         for r in records
     ]  # fmt: skip
-    return table(("case", "kernel", "ms p50", "GB/s", "of copy", "permute GB/s", "check"), rows)
+    return table(("case", "kernel", "ms p50", "GB/s", "of copy", "permute GB/s", "/ permute", "check"), rows)

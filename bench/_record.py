@@ -1,7 +1,8 @@
-"""Records: what ran on what, as one JSON file per part, and the tables that are printed from them."""
+"""Records: what ran on what, as one JSON file per part, and what is read from them: tables, targets, earlier cases."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -10,12 +11,14 @@ import re
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
 ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("kernels/*.py", "autotune_cache/*.json", "ulysses_triton/**/*.py", "bench/*.py")
 
 
 def environment(device: torch.device, *, dry: bool) -> dict[str, Any]:
@@ -27,6 +30,7 @@ def environment(device: torch.device, *, dry: bool) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
+        "sources": sources(),
         "dry_run": dry,
         "device": {"name": name, "type": device.type, "memory_bytes": memory},
         "versions": {
@@ -37,6 +41,14 @@ def environment(device: torch.device, *, dry: bool) -> dict[str, Any]:
             "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
         },
     }
+
+
+def sources(root: Path = ROOT) -> str:
+    """A short hash of the files that results depend on, committed or not."""
+    found = hashlib.sha256()
+    for path in sorted(path for pattern in SOURCES for path in root.glob(pattern)):
+        found.update(f"{path.relative_to(root)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return found.hexdigest()[:12]
 
 
 def commit(root: Path = ROOT) -> str:
@@ -73,8 +85,73 @@ def write(folder: Path, part: str, record: dict[str, Any]) -> Path:
     moment = re.sub(r"[^0-9T]", "", record["date"].split("+")[0])
     dry = "dry-run-" if record["dry_run"] else ""
     path = folder / f"{dry}{part}-{device}-{moment}.json"
-    path.write_text(json.dumps(_plain({"part": part, **record}), indent=1) + "\n")
+    whole = path.with_suffix(".tmp")
+    whole.write_text(json.dumps(_plain({"part": part, **record}), indent=1) + "\n")
+    whole.replace(path)  # a run that is cut off leaves the one before
     return path
+
+
+def name_of(part: str, record: dict[str, Any]) -> str:
+    """What a case is skipped by: in the part `check`, kernels have cases of equal names."""
+    return f"{record['kernel']} {record['case']}" if part == "check" else record["case"]
+
+
+def earlier(folder: Path, part: str, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """Records of cases of a part in a folder, of the same sources on the same device, but for those with any fault."""
+    cases: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*.json"), key=lambda path: (path.stat().st_mtime, path.name)):
+        found = json.loads(path.read_text())
+        if all(found.get(key) == value for key, value in {"part": part, **_identity(about)}.items()):
+            fresh: dict[str, list[dict[str, Any]]] = {}
+            for record in found["cases"]:
+                fresh.setdefault(name_of(part, record), []).append(record)
+            cases |= fresh
+    return [r for records in cases.values() if all(r["ok"] for r in records) for r in records]
+
+
+def _identity(about: dict[str, Any]) -> dict[str, Any]:
+    return {key: about[key] for key in ("sources", "device", "versions", "dry_run")}
+
+
+class Target(NamedTuple):
+    """What a ratio of some kernels is to reach in every case, to a ceiling or to a peer."""
+
+    kernels: tuple[str, ...]
+    to: str
+    least: float
+
+
+TARGETS = (
+    Target(("pack", "unpack"), "copy", 0.9),
+    Target(("attend_forward",), "flex", 1.1),
+    Target(("attend_forward",), "flash", 1.3),
+    Target(("attend_forward",), "cudnn", 1.0),
+    Target(("attend_backward",), "fa2", 1.2),
+    Target(("attend_backward",), "cudnn", 0.9),
+)
+
+
+def ratio(record: dict[str, Any], to: str) -> float | None:
+    """How many times as fast as a peer a case is, by medians, or its share of the bandwidth of a `copy`."""
+    if to == "copy":
+        return record.get("share_of_copy")
+    theirs = record.get("peers", {}).get(to, {}).get("ms")
+    return theirs["p50"] / record["ms"]["p50"] if theirs else None
+
+
+def targets(records: Sequence[dict[str, Any]]) -> str:
+    """A line per target: in how many of the timed cases it is met, and what it comes to."""
+
+    def line(target: Target) -> tuple[object, ...]:
+        found = [(x, r["case"]) for r in records if r["kernel"] in target.kernels and (x := ratio(r, target.to))]
+        wanted = f"{' and '.join(target.kernels)} >= {target.least:g} x {target.to}"
+        if not found:
+            return wanted, "not measured", None, None, None, None
+        met = sum(x >= target.least for x, _ in found)
+        said = "met" if met == len(found) else "not met"
+        return wanted, said, f"{met} of {len(found)}", min(found)[0], median(x for x, _ in found), min(found)[1]
+
+    return table(("target", "", "cases", "lowest", "median", "lowest at"), map(line, TARGETS))
 
 
 def _plain(value: Any) -> Any:

@@ -29,14 +29,15 @@ class Session:
     wrong: dict[str, str] = field(default_factory=dict)
     ceilings: dict[str, float] = field(default_factory=dict)  # measured: copy_gb_per_s, matmul_tflop_per_s
     skipped: list[str] = field(default_factory=list)  # of the part that runs
+    done: frozenset[str] = frozenset()  # cases of the part that an earlier run has recorded
     deadline: float = 0.0
 
     def __post_init__(self) -> None:
         self.stopwatch = Stopwatch(self.device, dry=self.dry)
 
-    def begin(self, seconds: float) -> None:
-        """Begin a part that may take so long."""
-        self.skipped = []
+    def begin(self, seconds: float, done: Iterable[str] = ()) -> None:
+        """Begin a part that may take so long; some of its cases are done."""
+        self.skipped, self.done = [], frozenset(done)
         self.deadline = time.monotonic() + seconds
 
     @property
@@ -44,8 +45,10 @@ class Session:
         return time.monotonic() >= self.deadline
 
     def in_time(self, cases: Iterable[_Case]) -> Iterator[_Case]:
-        """The cases that are begun before the part's time is over; the others are noted as skipped."""
+        """The cases that are not done and begun before the part's time is over; those too late are noted as skipped."""
         for case in cases:
+            if str(case) in self.done:
+                continue
             if self.is_late:
                 self.skipped.append(str(case))
             else:

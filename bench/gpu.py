@@ -1,10 +1,12 @@
 """Check every kernel against fp64 on this machine's GPU, then time them, and write records.
 
-    python -m bench.gpu [--part check,move,attend,layer] [--seconds N] [--out FOLDER]
+    python -m bench.gpu [--part check,move,attend,layer] [--seconds N] [--out FOLDER] [--resume FOLDER]
 
 from the root of the repository; it needs the repository and the machine's own torch and triton. A part ends by its
-budget of seconds at the latest: cases not begun by then are skipped, and the record says which. Every timed case is
-checked at its own size first, and what is wrong, there or in the part `check`, is not timed.
+budget of seconds at the latest: cases not begun by then are skipped, and the record says which. The telling cases come
+first, and the record is written as they are done. With `--resume`, cases that the records of a folder have, of the same
+sources on the same device, are taken from there: a few short runs make a whole one. Every timed case is checked at its
+own size first, and what is wrong, there or in the part `check`, is not timed. Last comes what became of the targets.
 
     python -m bench.gpu --interpret
 
@@ -19,7 +21,7 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +30,13 @@ if TYPE_CHECKING:
     from ._data import Kernels
     from ._session import Session
 
-SECONDS = {"check": 170.0, "move": 50.0, "attend": 200.0, "layer": 60.0}  # of each part, in this order: 8 minutes
+SECONDS = {"check": 150.0, "move": 40.0, "attend": 240.0, "layer": 60.0}  # of each part, in this order: 8 minutes
+WRITE_EVERY = 5.0  # seconds, of the record of a part that runs
 _CONTENT = {
     "check": "every kernel and the whole layer on 1, 2 and 4 virtual ranks against fp64",
     "move": "pack, unpack, pack_grad, unpack_grad: GB/s against a copy and PyTorch's permute",
-    "attend": "attention forward and backward: TFLOP/s against SDPA's flash and cuDNN kernels",
-    "layer": "a layer on virtual ranks that share the GPU: milliseconds against SDPA",
+    "attend": "attention forward and backward: TFLOP/s against SDPA, FlexAttention and FlashAttention",
+    "layer": "a layer on virtual ranks that share the GPU: milliseconds per phase, and against SDPA",
 }
 
 
@@ -61,7 +64,7 @@ def main(argv: Sequence[str] | None = None, kernels: Kernels | None = None) -> i
 
     device = torch.device("cpu" if arguments.interpret else "cuda")
     session = Session(device, dry=arguments.interpret, kernels=kernels or Kernels())
-    return _run(session, arguments.part, arguments.seconds, _folder(arguments))
+    return _run(session, arguments)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -71,6 +74,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="say what the parts are")
     parser.add_argument("--seconds", type=float, metavar="N", help="budget of each part, instead of its own")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for records; $OUT if set, or else bench/results")
+    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="of records; what they have is not run again")
     parser.add_argument("--interpret", action="store_true", help="dry run on a CPU; writes records only under --out")
     return parser.parse_args(argv)
 
@@ -89,42 +93,59 @@ def _folder(arguments: argparse.Namespace) -> Path | None:
     return arguments.out or (None if arguments.interpret else default_folder())
 
 
-def _run(session: Session, parts: Sequence[str], seconds: float | None, folder: Path | None) -> int:
+def _run(session: Session, asked: argparse.Namespace) -> int:
     from . import _record
 
     about = _record.environment(session.device, dry=session.dry)
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
-    print(f"{about['device']['name']}; {versions}; commit {about['commit']}")
+    print(f"{about['device']['name']}; {versions}; commit {about['commit']}, sources {about['sources']}")
     if session.dry:
         print("DRY RUN in Triton's interpreter, on a CPU: checks are real, times mean nothing")
         print("bf16 is left out: the interpreter multiplies its raw bits")
-    _measure_ceilings(session, parts)
-    right = True
-    for part in parts:
-        begin = time.monotonic()
-        session.begin(SECONDS[part] if seconds is None else seconds)
-        if part == "check":
-            cases, text = _check(session)
-        else:
-            module = importlib.import_module(f"bench._{part}")
-            cases = module.run(session)
-            text = module.show(cases)
-        spent = time.monotonic() - begin
-        print(f"\n== {part}, {spent:.0f} s\n{text}", flush=True)
-        if session.skipped:
-            print(f"skipped, out of time: {len(session.skipped)} cases, from {session.skipped[0]}")
-        right = right and all(case["ok"] for case in cases)
-        if folder is not None:
-            record = about | {
-                "ceilings": session.ceilings,
-                "seconds": spent,
-                "cases": cases,
-                "skipped": session.skipped,
-            }
-            print(f"record: {_record.write(folder, part, record)}", flush=True)
+    _measure_ceilings(session, asked.part)
+    folder = _folder(asked)
+    everything: list[dict[str, Any]] = []
+    for part in SECONDS:
+        known = _record.earlier(asked.resume, part, about) if asked.resume else []
+        everything += _part(session, part, asked.seconds, folder, about, known) if part in asked.part else known
     for kernel, case in session.wrong.items():
         print(f"WRONG: {kernel}, first at {case}")
-    return 0 if right else 1
+    print(f"\n== targets\n{_record.targets(everything)}")
+    return 0 if all(case["ok"] for case in everything) else 1
+
+
+def _part(
+    session: Session, part: str, seconds: float | None, folder: Path | None, about: dict[str, Any],
+    known: list[dict[str, Any]],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Run a part, write its record now and then, and print its table; the records of its cases, those known first."""
+    from . import _record
+
+    module = None if part == "check" else importlib.import_module(f"bench._{part}")
+    begin = time.monotonic()
+    cases = list(known)
+    session.begin(SECONDS[part] if seconds is None else seconds, (_record.name_of(part, r) for r in known))
+
+    def write() -> Path | None:
+        spent = time.monotonic() - begin
+        record = {"ceilings": session.ceilings, "seconds": spent, "cases": cases, "skipped": session.skipped}
+        return folder and _record.write(folder, part, about | record)
+
+    written = begin
+    for fresh in module.run(session) if module else _checked(session):
+        cases += fresh
+        if time.monotonic() - written > WRITE_EVERY:
+            write()
+            written = time.monotonic()
+    text = module.show(cases) if module else _show(cases)
+    print(f"\n== {part}, {time.monotonic() - begin:.0f} s\n{text}", flush=True)
+    if known:
+        print(f"from an earlier run: {len(known)} of {len(cases)} records")
+    if session.skipped:
+        print(f"skipped, out of time: {len(session.skipped)} cases, from {session.skipped[0]}")
+    if path := write():
+        print(f"record: {path}", flush=True)
+    return cases
 
 
 def _measure_ceilings(session: Session, parts: Sequence[str]) -> None:
@@ -137,31 +158,33 @@ def _measure_ceilings(session: Session, parts: Sequence[str]) -> None:
         print("measured: " + ", ".join(f"{name} {value:.4g}" for name, value in session.ceilings.items()))
 
 
-def _check(session: Session) -> tuple[list[dict[str, Any]], str]:
+def _checked(session: Session) -> Iterator[list[dict[str, Any]]]:
     """The part `check`: many at once, since most of their time is compilation."""
-    from . import _check, _layer, _record
-    from ._session import verdict
+    from . import _check, _layer
 
-    def judge(check: Check) -> dict[str, Any] | None:
-        if not list(session.in_time([f"{check.kernel} {check.case}"])):
-            return None
-        return session.judge(check.kernel, check.case, lambda: check.run(session.kernels, session.device))
+    def judge(check: Check) -> list[dict[str, Any]]:
+        if not list(session.in_time([check])):  # asked when its turn comes
+            return []
+        return [session.judge(check.kernel, check.case, lambda: check.run(session.kernels, session.device))]
 
     first, *others = _check.checks(dry=session.dry)
-    found = [judge(first)]  # alone: Triton's driver is set up by the first launch
+    yield judge(first)  # alone: Triton's driver is set up by the first launch
     with session.threads() as threads:
-        found += threads.map(judge, others)
-    found += map(judge, _layer.checks(dry=session.dry))  # each has threads of its own
-    cases = [record for record in found if record is not None]
-    wrong = [r for r in cases if not r["ok"]]
+        yield from threads.map(judge, others)
+    yield from map(judge, _layer.checks(dry=session.dry))  # each has threads of its own
+
+
+def _show(cases: list[dict[str, Any]]) -> str:
+    from . import _record
+    from ._session import verdict
+
     lines = []
     for kernel in dict.fromkeys(r["kernel"] for r in cases):
         own = [r for r in cases if r["kernel"] == kernel]
         lines.append((kernel, len(own), sum(r["ok"] for r in own), _closest(own)))
     text = _record.table(("kernel", "cases", "right", "largest error / allowed"), lines)
-    if wrong:
-        text += "\n" + _record.table(("wrong", "case", "what"), [(r["kernel"], r["case"], verdict(r)) for r in wrong])
-    return cases, text
+    wrong = [(r["kernel"], r["case"], verdict(r)) for r in cases if not r["ok"]]
+    return text + "\n" + _record.table(("wrong", "case", "what"), wrong) if wrong else text
 
 
 def _closest(records: list[dict[str, Any]]) -> float | None:
