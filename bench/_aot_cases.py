@@ -30,6 +30,15 @@ from ulysses_triton.kernels.unpack import unpack, unpack_grad
 
 Case = tuple[str, Callable[[], None]]
 
+OTHERS = {  # at three head dims
+    "documents": {"also": "documents"},
+    "sinks": {"also": "sinks"},
+    "alibi": {"also": "slopes"},
+    "dropout": {"also": "dropout"},
+    "predicate": {"also": "predicate", "causal": False},
+    "blocks": {"also": "predicate blocks", "causal": False},
+    "everything": {"also": "documents sinks slopes dropout predicate blocks", "window": (128, 0), "softcap": 50.0},
+}
 ATTENTION = {
     "bf16 D=128 causal": {},
     "bf16 D=128 dense": {"causal": False},
@@ -37,32 +46,23 @@ ATTENTION = {
     "bf16 D=128 softcap": {"softcap": 50.0},
     "bf16 D=128 window softcap": {"window": (128, 0), "softcap": 50.0},
     "bf16 D=128 partial": {"partial": True},
-    "bf16 D=128 documents": {"also": "documents"},
-    "bf16 D=128 sinks": {"also": "sinks"},
-    "bf16 D=128 alibi": {"also": "slopes"},
-    "bf16 D=128 dropout": {"also": "dropout"},
-    "bf16 D=128 predicate": {"also": "predicate", "causal": False},
-    "bf16 D=128 blocks": {"also": "predicate blocks", "causal": False},
-    "bf16 D=128 everything": {"also": "documents sinks slopes dropout predicate blocks", "softcap": 50.0},
     "bf16 D=32 causal": {"D": 32},
     "bf16 D=64 causal": {"D": 64},
     "bf16 D=64 dense": {"D": 64, "causal": False},
     "bf16 D=64 window": {"D": 64, "window": (128, 0)},
     "bf16 D=64 softcap": {"D": 64, "softcap": 50.0},
-    "bf16 D=64 documents": {"D": 64, "also": "documents"},
-    "bf16 D=64 dropout": {"D": 64, "also": "dropout"},
     "bf16 D=96 causal": {"D": 96},
     "bf16 D=192/128 causal": {"D": 192, "Dv": 128},
     "bf16 D=256 causal": {"D": 256},
     "bf16 D=256 dense": {"D": 256, "causal": False},
     "bf16 D=256 window": {"D": 256, "window": (128, 0)},
     "bf16 D=256 softcap": {"D": 256, "softcap": 50.0},
-    "bf16 D=256 documents": {"D": 256, "also": "documents"},
     "fp16 D=128 causal": {"dtype": torch.float16},
     "fp32 D=64 causal": {"dtype": torch.float32, "D": 64},
     "fp32 D=128 causal": {"dtype": torch.float32},
     "fp32 D=128 window softcap": {"dtype": torch.float32, "window": (128, 0), "softcap": 50.0},
     "fp32 D=256 causal": {"dtype": torch.float32, "D": 256},
+    **{f"bf16 D={D} {name}": {"D": D, **options} for D in (64, 128, 256) for name, options in OTHERS.items()},
 }
 TRANSFORMS = {  # of q and k in pack and unpack_grad; rope as a share of the channels
     "half": {"rope": 1.0, "norm": True},

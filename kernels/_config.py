@@ -2,9 +2,13 @@
 
 Tiles come from the files that `ulysses-triton tune` made for this GPU (`_cache`). Where those have nothing that fits,
 they come from a table per architecture, `autotune_cache/<architecture>.json`: a list per kernel, of which the first
-entry whose `head_dim` is not below the asked one and whose `bytes` (per element) match is taken. The choice follows
-from the machine, its files and the problem alone, never from the number of ranks and never from a timing, so results
-do not depend on those. `fingerprint` is what ranks compare, since their files may differ.
+entry that fits is taken: its `head_dim` is not below the asked one, its `bytes` (per element) match, and its `flags`,
+where it has such, are all among the options that are on. The choice follows from the machine, its files and the problem
+alone, never from the number of ranks and never from a timing, so results do not depend on those. `fingerprint` is what
+ranks compare, since their files may differ.
+
+Example: of the entries for head dims up to 128, first one with the flags [documents], then one without flags, documents
+with a causal mask take the first, and a causal mask alone the second. Without the second it had nothing.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from ._cache import Key, Tiles
 INTERPRET = bool(triton.knobs.runtime.interpret)  # read once: Triton decides at decoration, not at launch
 SHARD = 0  # the sequence length of kernels that see a shard only: what they choose may not depend on the ranks
 
+_ASKED = ("head_dim", "bytes", "flags")  # what an entry of a table is looked up by; the rest of it are tiles
 _interpreter = threading.Lock()  # Triton's interpreter keeps the program ids in module state
 
 
@@ -87,7 +92,7 @@ def architecture(device: torch.device) -> str:
 
 
 @cache
-def _table(name: str) -> dict[str, list[dict[str, int]]]:
+def _table(name: str) -> dict[str, list[dict[str, Any]]]:
     """The table of an architecture; an NVIDIA or AMD GPU without one of its own uses the nearest older one."""
     path = _cache.SHIPPED / f"{name}.json"
     if not path.exists():
@@ -130,8 +135,9 @@ def _chosen(
         if found is not None:
             return found
     for entry in _table(table)[kernel]:
-        if max(dims) <= entry["head_dim"] and dtype.itemsize == entry.get("bytes", dtype.itemsize):
-            return {key: value for key, value in entry.items() if key not in ("head_dim", "bytes")}
+        fits = max(dims) <= entry["head_dim"] and dtype.itemsize == entry.get("bytes", dtype.itemsize)
+        if fits and set(entry.get("flags", ())) <= set(flags):
+            return {key: value for key, value in entry.items() if key not in _ASKED}
     raise AssertionError(f"no configuration of {kernel} for head dims {dims}")
 
 
@@ -157,7 +163,7 @@ def _fingerprint(gpu: str | None, table: str) -> str:
 
 def forget() -> None:
     """Read the files again at the next lookup."""
-    for cached in (_cache.in_force, _chosen, _fingerprint):
+    for cached in (_cache.in_force, _table, _chosen, _fingerprint):
         cached.cache_clear()
 
 

@@ -60,6 +60,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "packed",
         "shard",
         "trial",
+        "trial_options",
         "truth",
         "tuner",
         "tuning",

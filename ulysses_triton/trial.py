@@ -3,7 +3,7 @@
 Inputs are random rows as a rank holds them. What is right is what the kernel's twin gives in fp64 on the same device;
 how far from it a result may be follows from what PyTorch reaches in the problem's dtype (`truth.allowed`). Outputs hold
 NaN until the kernel writes them. Lengths and head counts are run-time values of the kernels: the binary that is checked
-at one size is the one that is timed at another. Of attention there are two that calls use, and both are checked.
+at one size is the one that is timed at another. Calls use several binaries of a kernel (`VARIANTS`): all are checked.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from torch import Tensor
 from . import truth
 from .kernels import _config, reference
 from .kernels._cache import BLOCK, Key, Tiles
-from .kernels._views import HeadMap, Options, ORows, QKVRows, Span, Transform
+from .kernels._views import HeadGrads, Options, ORows, QKVRows, Span, Transform
 from .kernels.attend_backward import attend_backward
 from .kernels.attend_forward import attend_forward
 from .kernels.pack import pack, pack_grad
 from .kernels.unpack import unpack, unpack_grad
+from .trial_options import Size, options
 
 RANKS = 2  # whose heads the layout kernels move
 FLOATS = (16, 256)  # what a thread holds of accumulators and scores, about: at least, and at most to fit its registers
@@ -45,19 +46,31 @@ class Launchers(NamedTuple):
 KERNELS = Launchers(attend_forward, attend_backward, pack, pack_grad, unpack, unpack_grad)
 TWINS = Launchers(*(getattr(reference, name) for name in Launchers._fields))
 OUTPUTS = {  # that are checked of each kernel; the two backward kernels have one launcher
-    "attend_forward": ("out", "lse"),
-    "attend_dq": ("dq",),
+    "attend_forward": ("out", "lse", "span_lse"),
+    "attend_dq": ("dq", "dsinks", "dslopes"),
     "attend_dkv": ("dk", "dv"),
     "pack": ("q", "k", "v"),
     "pack_grad": ("do", "delta"),
     "unpack": ("out", "lse"),
     "unpack_grad": ("dq", "dk", "dv", "dq_norm", "dk_norm"),
 }
-SUMS = ("lse", "delta", "dq_norm", "dk_norm")  # outputs in fp32, whatever the dtype
-FLAGS: dict[str, Callable[[Problem], dict[str, Any]]] = {  # the options that can be tuned for: fields of `Options`
-    "causal": lambda problem: {"causal": True},
-    "softcap": lambda problem: {"softcap": 2.0},
-    "window": lambda problem: {"window": (min(1024, max(8, problem.tokens // 4)), 0)},
+SUMS = ("lse", "span_lse", "delta", "dq_norm", "dk_norm")  # outputs in fp32, whatever the dtype
+
+
+class Variant(NamedTuple):
+    """In which form a kernel is asked for its results. Each is a binary of its own."""
+
+    lse: bool = True  # forward keeps an LSE, for a backward
+    span_lse: bool = False  # an LSE travels beside O
+    partial: bool = False  # dk and dv are fp32, as sums that ranks share
+    aligned: bool = True  # rows begin on 16 bytes
+
+
+PLAIN = Variant()  # the one that is timed
+VARIANTS: dict[str, tuple[Variant, ...]] = {
+    **dict.fromkeys(OUTPUTS, (PLAIN, Variant(aligned=False))),
+    "attend_forward": (PLAIN, Variant(lse=False), Variant(span_lse=True), Variant(aligned=False)),
+    "attend_dkv": (PLAIN, Variant(partial=True), Variant(aligned=False)),
 }
 
 
@@ -81,12 +94,11 @@ class Problem:
     def attends(self) -> bool:
         return self.key.kernel.startswith("attend")
 
-    @property
+    @cached_property
     def options(self) -> Options:
-        given: dict[str, Any] = {"causal": False}
-        for flag in self.key.flags:
-            given |= FLAGS[flag](self)
-        return Options(scale=self.key.dims[0] ** -0.5, heads=HeadMap(self.heads // self.kv_heads, 0), **given)
+        return options(
+            self.key.flags, self.key.dims[0] ** -0.5, Size(self.tokens, self.heads, self.kv_heads, self.device)
+        )
 
     @cached_property
     def inputs(self) -> dict[str, Tensor]:
@@ -114,42 +126,46 @@ class Problem:
         return before.run(TWINS, torch.float64) if self.tokens <= 2048 else before.run(KERNELS)
 
     @property
-    def variants(self) -> tuple[bool, ...]:
-        """What `other` may be for this kernel."""
-        return (False, True) if self.key.kernel in ("attend_forward", "attend_dkv") else (False,)
+    def variants(self) -> tuple[Variant, ...]:
+        return VARIANTS[self.key.kernel]
 
     def run(
-        self, launchers: Launchers, dtype: torch.dtype | None = None, *, cut: bool = False, other: bool = False
+        self, launchers: Launchers, dtype: torch.dtype | None = None, variant: Variant = PLAIN, *, cut: bool = False
     ) -> Results:  # fmt: skip
-        """Run the kernel, or its twin in `dtype`, on these inputs.
-
-        `cut`: attention's rows go to two spans. `other`: attention as it is when nothing needs its gradient, without an
-        LSE, and its backward with dk and dv in fp32, as sums that ranks share.
-        """
+        """Run the kernel, or its twin in `dtype`, on these inputs; `cut`: attention's rows go to two spans."""
         x = {name: t.to(dtype or self.dtype) for name, t in self.inputs.items() if name != "stat"}
+        x = x if variant.aligned else {name: _unaligned(t) for name, t in x.items()}
         x["stat"] = self.inputs["stat"].to(torch.promote_types(x["q"].dtype, torch.float32))
-        return _attend(self, launchers, x, cut, other) if self.attends else _move(self, launchers, x)
+        return _attend(self, launchers, x, variant, cut) if self.attends else _move(self, launchers, x)
 
 
-def _attend(problem: Problem, launchers: Launchers, x: dict[str, Tensor], cut: bool, other: bool) -> Results:
+def _attend(problem: Problem, launchers: Launchers, x: dict[str, Tensor], variant: Variant, cut: bool) -> Results:
     q, k, v, do, stat = x.values()
     edges = [0, problem.tokens // 3, problem.tokens] if cut and problem.tokens > 2 else [0, problem.tokens]
 
-    def spans(*like: Tensor) -> list[Span]:
+    def empty(like: Tensor) -> Tensor:
+        return _nan(like) if variant.aligned else _unaligned(_nan(like))
+
+    def spans(*like: Tensor | None) -> list[Span]:
         return [
-            Span(start, tuple(_nan(t[start:stop]) for t in like))
+            Span(start, tuple(t if t is None else empty(t[start:stop]) for t in like))
             for start, stop in zip(edges, edges[1:], strict=False)
         ]  # fmt: skip
 
     if problem.key.kernel == "attend_forward":
-        out, lse = spans(do), None if other else _nan(stat.permute(2, 1, 0))
-        launchers.attend_forward(q, k, v, [Span(s.start, (*s.views, None)) for s in out], lse, problem.options)
-        return {"out": _parts(out, 0)} | ({} if lse is None else {"lse": [lse]})
-    (o,), (lse,) = problem.forward.values()
-    delta = (o.double() * do.double()).sum(-1).to(stat.dtype)
-    dq, dkv = spans(q), spans(*(t.to(stat.dtype) for t in (k, v))) if other else spans(k, v)
-    launchers.attend_backward(q, k, v, do, lse.to(stat.dtype), delta, dq, dkv, problem.options)
-    return {"dq": _parts(dq, 0), "dk": _parts(dkv, 0), "dv": _parts(dkv, 1)}
+        out = spans(do, stat if variant.span_lse else None)
+        lse = _nan(stat.permute(2, 1, 0)) if variant.lse else None
+        launchers.attend_forward(q, k, v, out, lse, problem.options)
+        found = {"out": _parts(out, 0), "lse": [] if lse is None else [lse], "span_lse": _parts(out, 1)}
+        return {name: parts for name, parts in found.items() if parts}
+    (o,), (lse,) = (problem.forward[name] for name in ("out", "lse"))
+    delta = (o.double() * do.double()).sum(-1).to(stat.dtype) - stat  # stat as the gradient of the LSE
+    dq, dkv = spans(q), spans(*(t.to(stat.dtype) for t in (k, v))) if variant.partial else spans(k, v)
+    per_head = (problem.options.sinks, problem.options.slopes)
+    sums = HeadGrads(*(None if given is None else _nan(given.to(stat.dtype)) for given in per_head))
+    launchers.attend_backward(q, k, v, do, lse.to(stat.dtype), delta, dq, dkv, problem.options, sums)
+    of_heads = {f"d{name}": [t] for name, t in sums._asdict().items() if t is not None}
+    return {"dq": _parts(dq, 0), "dk": _parts(dkv, 0), "dv": _parts(dkv, 1)} | of_heads
 
 
 def _parts(spans: list[Span], view: int) -> list[Tensor]:
@@ -193,6 +209,12 @@ def _nan(like: Tensor) -> Tensor:
     return torch.full(like.shape, torch.nan, dtype=like.dtype, device=like.device)
 
 
+def _unaligned(rows: Tensor) -> Tensor:
+    """A copy, of whose rows (all but the first two dimensions) the first begins, and each lies, one element further."""
+    padded = rows.new_empty(*rows.shape[:2], rows.shape[2:].numel() + 1)
+    return padded[..., 1:].unflatten(-1, rows.shape[2:]).copy_(rows)
+
+
 # -- the gate
 
 
@@ -211,9 +233,9 @@ def gate(problem: Problem, tiles: Tiles) -> dict[str, Error]:
     """Every result of the problem's kernel with these tiles, held against fp64."""
     exact, peer = _expected(problem)
     errors: dict[str, Error] = {}
-    for other in problem.variants:
+    for variant in problem.variants:
         with _config.fixed(problem.key.kernel, tiles):
-            found = problem.run(KERNELS, cut=True, other=other)
+            found = problem.run(KERNELS, variant=variant, cut=True)
         for name in (name for name in OUTPUTS[problem.key.kernel] if name in found):
             result = _whole(problem, found[name])
             allowed = truth.allowed(torch.float32 if name in SUMS else problem.dtype, peer[name])
@@ -231,7 +253,8 @@ def worst(errors: dict[str, Error], name: str, found: Error) -> None:
 def _expected(problem: Problem) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The results in fp64, and the errors of PyTorch in the problem's dtype."""
 
-    exact = {name: _whole(problem, parts) for name, parts in problem.run(TWINS, torch.float64).items()}
+    most = Variant(span_lse=True)
+    exact = {name: _whole(problem, parts) for name, parts in problem.run(TWINS, torch.float64, most).items()}
     if problem.attends:
         return exact, dict.fromkeys(exact, 0.0) | _errors_of_sdpa(problem)
     plain = {name: _whole(problem, parts) for name, parts in problem.run(TWINS).items()}
@@ -244,7 +267,10 @@ def _whole(problem: Problem, parts: list[Tensor]) -> Tensor:
 
 
 def _errors_of_sdpa(problem: Problem) -> dict[str, float]:
-    """Of PyTorch's own attention in this dtype, with the masks that it knows."""
+    """Of PyTorch's own attention in this dtype, with the masks that it knows.
+
+    Of sinks and slopes, which it has no gradients for, the error may be that of dq.
+    """
     options = problem.options
     masks: dict[str, Any] = {"causal": options.causal, "window": options.window, "scale": options.scale}
     *qkv, do = (problem.inputs[name].transpose(0, 1).contiguous() for name in ("q", "k", "v", "do"))
@@ -254,7 +280,8 @@ def _errors_of_sdpa(problem: Problem) -> dict[str, float]:
     q, k, v = (x.detach() for x in qkv)
     exact = truth.attention(q, k, v, do, **masks)._asdict()
     found = dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *grads), strict=True))
-    return {name: truth.relative_error(x, exact[name]) for name, x in found.items()}
+    errors = {name: truth.relative_error(x, exact[name]) for name, x in found.items()}
+    return errors | dict.fromkeys(("dsinks", "dslopes"), errors["dq"])
 
 
 # -- launches
@@ -271,13 +298,13 @@ class Prepared(NamedTuple):
         _config.launch(launch.kernel, launch.grid, **launch.options, **launch.args)
 
 
-def prepare(problem: Problem, tiles: Tiles, *, other: bool = False) -> Prepared:
+def prepare(problem: Problem, tiles: Tiles, variant: Variant = PLAIN) -> Prepared:
     """The launch of the problem's kernel with these tiles, and of no other kernel."""
     kernel = problem.key.kernel
     if kernel in ("attend_dq", "attend_dkv"):
         _ = problem.forward  # a launch of its own, not to be recorded
     with _config.fixed(kernel, tiles), _config.capture(_config.architecture(problem.device)) as launches:
-        results = problem.run(KERNELS, other=other)
+        results = problem.run(KERNELS, variant=variant)
     (launch,) = [x for x in launches if x.kernel.__name__.strip("_") == f"{kernel}_kernel"]
     return Prepared(launch, results)
 

@@ -64,7 +64,7 @@ def _compiled(problem: trial.Problem, tiles: Sequence[Tiles], machine: Machine) 
     """What each launch compiles to, many at once, or why it does not. All are ready before anything is timed."""
 
     def attempt(each: Tiles) -> Resources | str:
-        launches = [trial.prepare(problem, each, other=other).launch for other in problem.variants]
+        launches = [trial.prepare(problem, each, variant).launch for variant in problem.variants]
         try:
             return [machine.compile(launch) for launch in launches][0]
         except Exception as error:  # Triton raises anything: out of resources, an assertion, a failed pass

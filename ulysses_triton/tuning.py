@@ -18,13 +18,14 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from . import trial, tuner
+from . import tuner
 from .case import DTYPES
 from .errors import ExchangeError, OptionError
 from .kernels import _cache, _config
 from .kernels._cache import Key
 from .machine import Machine, dry_machine, gpu_machine
 from .spec import MAX_HEAD_DIM
+from .trial_options import FLAGS
 
 POLL_SECONDS = 0.5
 SILENT_SECONDS = 120.0  # after which rank 0, which gives a sign of life every POLL_SECONDS, is taken for dead
@@ -130,7 +131,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--seq", metavar="S,...", help=f"{listed}, of whole sequences (default: 2048,8192,32768)")
     parser.add_argument(
         "--flags", metavar="SET;...", default="causal;dense",
-        help=f"sets of options, divided by ';': dense, or some of {','.join(trial.FLAGS)} (default: %(default)s)",
+        help=f"sets of options, divided by ';': dense, or some of {','.join(FLAGS)} (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--heads", metavar="HQ:HKV", help="query and kv heads of one rank (default: 8:2)")
     parser.add_argument("--budget", metavar="SECONDS", type=float, help="begin nothing after so long (default: no end)")
@@ -208,9 +209,9 @@ def _dtype(text: str) -> str:
 
 def _flags(text: str) -> tuple[str, ...]:
     names = sorted(name for part in text.split(",") if (name := part.strip()) not in ("", "dense"))
-    unknown = [name for name in names if name not in trial.FLAGS]
+    unknown = [name for name in names if name not in FLAGS]
     if unknown:
-        raise OptionError(f"--flags has {', '.join(unknown)}; it takes dense, or some of {', '.join(trial.FLAGS)}")
+        raise OptionError(f"--flags has {', '.join(unknown)}; it takes dense, or some of {', '.join(FLAGS)}")
     return tuple(dict.fromkeys(names))
 
 
