@@ -6,7 +6,7 @@ compiles them and reads the result. The columns:
 
     regs, spills     registers per thread; spill stores/loads in the program text, on AMD registers/loads
     shared, tmem     bytes of shared memory per block of those that a block may have; columns of tensor memory (sm_100)
-    kind             matrix instructions
+    kind             matrix instructions; "+TMA" where rows are loaded by descriptors
     mma exp float int mem other
                      instructions of a warp per tile in the steady state, by class (`_machine_code`); "~" where the
                      kernel has no inner loop and a tile is all of it
@@ -45,6 +45,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ulysses_triton.kernels import _config
 from ulysses_triton.kernels._config import Launch
@@ -84,6 +85,7 @@ class Report:
     shared: int  # bytes per block
     tensor_memory: int  # columns, sm_100 only
     mma: tuple[str, ...]  # kinds of matrix instructions
+    tma: int | None  # loads by TMA in the program text; None where rows are read by pointers
     accesses: dict[str, int]  # global loads and stores by instruction and width, e.g. `ld.global.v4.b32`
     scalar_rows: dict[str, int]  # those that access rows element by element, with their lines
     instructions: dict[str, int]  # of a warp per tile, by class
@@ -123,6 +125,8 @@ class Report:
         found = self.problems()
         if self.wanted_mma and self.wanted_mma not in self.mma:
             found.append(f"no {self.wanted_mma}")
+        if self.tma == 0:
+            found.append("no TMA for rows that descriptors describe")
         if self.spill_stores > SPILLS.get(self.kernel, self.spill_stores):
             found.append(f"{self.spill_stores} spills, {SPILLS[self.kernel]} allowed")
         return found + [f"scalar {name} x{n}" for name, n in self.scalar_rows.items()]
@@ -167,6 +171,7 @@ def compile_launch(launch: Launch, target: str) -> Report:
         shared=shared,
         tensor_memory=tensor_memory,
         mma=tuple(sorted(set(re.findall(r"mma\.sync|wgmma(?=\.mma_async)|tcgen05\.mma|v_mfma", text)))),
+        tma=len(re.findall(r"\bUTMALDG\b", code)) if is_described(launch) else None,
         accesses=dict(sorted(Counter(name for name, _ in accesses(text)).items())),
         scalar_rows=dict(sorted(scalar_rows(text, compiled.asm["ttir"]).items())),
         instructions=work.classes,
@@ -179,19 +184,30 @@ def compile_launch(launch: Launch, target: str) -> Report:
 
 def _wanted_mma(launch: Launch, target: str) -> str | None:
     attends = launch.kernel.__name__ in PRODUCTS
-    return MMA[target] if attends and launch.args["q_ptr"].element_size() == 2 else None
+    return MMA[target] if attends and _element(launch) == 2 else None
 
 
 def _predict(launch: Launch, gpu: GPU, work: Work, warps: int) -> tuple[tuple[float, float], float | None]:
     """Share of the roofline, and waste."""
     if launch.kernel.__name__ not in PRODUCTS:
         return _roofline.share_of_bandwidth(gpu, work, warps), None
-    asked, element = _flops(launch, "D", "DV"), launch.args["q_ptr"].element_size()
+    asked, element = _flops(launch, "D", "DV"), _element(launch)
     if work.matrix_flops is None:
         padded = _flops(launch, "BLOCK_D", "BLOCK_DV")
         return _roofline.share_of_peak(gpu, work, warps, asked, padded, element), None
     done = work.matrix_flops * warps
     return _roofline.share_of_peak(gpu, work, warps, asked, done, element), done / asked - 1
+
+
+def is_described(launch: Launch) -> bool:
+    """Whether rows are read by TMA descriptors."""
+    return isinstance(launch.args.get("q_ptr"), TensorDescriptor)
+
+
+def _element(launch: Launch) -> int:
+    """Bytes of an element of q."""
+    q = launch.args["q_ptr"]
+    return (q.base if is_described(launch) else q).element_size()
 
 
 def _flops(launch: Launch, dim: str, dim_v: str) -> int:
@@ -245,7 +261,7 @@ def _mapping(processes: int) -> Iterator[Callable[..., Iterable[list[Report]]]]:
 
 
 HEADER = (
-    f"{'case':33} {'kernel':14} {'target':6} {'regs':>4} {'spills':>6} {'shared':>13} {'tmem':>4} {'kind':11} "
+    f"{'case':33} {'kernel':14} {'target':6} {'regs':>4} {'spills':>6} {'shared':>13} {'tmem':>4} {'kind':15} "
     f"{'mma':>5}{'exp':>5}{'float':>6}{'int':>5}{'mem':>5}{'other':>6}   {'occ':>4} {'roofline':>9} {'waste':>5}"
 )
 
@@ -254,12 +270,12 @@ def row(name: str, r: Report) -> str:
     """One line of the table, and one more for each fault."""
     counts = [f"{n:{width}}" for n, width in zip(r.instructions.values(), (5, 5, 6, 5, 5, 6), strict=True)]
     shared = f"{r.shared}/{GPUS[r.target].shared_per_block}"
-    kind = ",".join(r.mma) or "-"
+    kind = (",".join(r.mma) or "-") + ("+TMA" if r.tma else "")
     share = f"{r.share[0]:.0%}-{r.share[1]:.0%}"
     waste = "" if r.waste is None else f"{r.waste:.0%}"
     line = (
         f"{name:33} {r.kernel.strip('_').removesuffix('_kernel'):14} {r.target:6} {r.registers:4} "
-        f"{f'{r.spill_stores}/{r.spill_loads}':>6} {shared:>13} {r.tensor_memory or '':>4} {kind:11} "
+        f"{f'{r.spill_stores}/{r.spill_loads}':>6} {shared:>13} {r.tensor_memory or '':>4} {kind:15} "
         f"{''.join(counts)} {' ' if r.is_loop else '~'} {r.occupancy:4.0%} {share:>9} {waste:>5}"
     )
     return "\n".join([line.rstrip(), *(f"    FAULT: {fault}" for fault in r.faults())])

@@ -131,9 +131,11 @@ def _checked(entry: Entry) -> Entry:
     if tiles is None:  # nothing passed
         return entry
     blocks = {"BLOCK_M", "BLOCK_N"} if entry["kernel"].startswith("attend") else {"BLOCK_T"}
-    if set(tiles) != blocks | {"num_warps", "num_stages"}:
+    if set(tiles) - {"descriptors"} != blocks | {"num_warps", "num_stages"}:
         raise ValueError(f"{entry['kernel']} has the tiles {tiles}")
     for name, value in tiles.items():
+        if name == "descriptors" and type(value) is bool:
+            continue
         if type(value) is not int or value < 1 or (name.startswith("BLOCK") and BLOCK % value):
             raise ValueError(f"{entry['kernel']} has {name} = {value!r}")
     return entry

@@ -67,7 +67,7 @@ def capture(architecture: str) -> Iterator[list[Launch]]:
 @contextmanager
 def fixed(kernel: str, tiles: Tiles) -> Iterator[None]:
     """Inside, `kernel` is launched with these tiles, whatever the tables say."""
-    token = _fixed.set({kernel: tiles})
+    token = _fixed.set({**(_fixed.get() or {}), kernel: tiles})
     try:
         yield
     finally:
@@ -91,6 +91,12 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def has_tma(device: torch.device) -> bool:
+    """Whether the device loads by TMA descriptors: NVIDIA GPUs from Hopper on."""
+    name = architecture(device)
+    return name.startswith("sm_") and int(name.removeprefix("sm_")) >= 90
+
+
 @cache
 def _table(name: str) -> dict[str, list[dict[str, Any]]]:
     """The table of an architecture; an NVIDIA or AMD GPU without one of its own uses the nearest older one."""
@@ -110,6 +116,8 @@ def tiles(
 ) -> Tiles:  # fmt: skip
     """Tile sizes and launch options of `kernel`: `BLOCK_*` entries beside `num_warps` and `num_stages`.
 
+    An attention kernel's may say `descriptors`, true for rows that are loaded by TMA (`_rows`).
+
     Args:
         like: a tensor with the dtype and the device of the launch.
         dims: (D, Dv), the channels of a head of q and k, and of v.
@@ -118,7 +126,7 @@ def tiles(
     """
     fixed = _fixed.get()
     if fixed is not None and kernel in fixed:
-        return fixed[kernel]
+        return dict(fixed[kernel])
     captured = _capture.get()
     machine = (None, captured.architecture) if captured else (gpu(like.device), architecture(like.device))
     return dict(_chosen(kernel, like.dtype, dims, flags, _cache.bucket(seq), *machine))

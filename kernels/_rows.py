@@ -1,10 +1,16 @@
-"""Tiles from rows and back: strided loads, and stores that go to whichever span of tokens a tile lies in.
+"""Tiles from rows and back: loads, and stores that go to whichever span of tokens a tile lies in.
 
 Every view is `[tokens, B, heads, dim]` with a dense last dimension. Strides arrive divided by UNIT, which is 8 when all
 of them are multiples of 8 elements and all pointers of 16 bytes, so that the compiler sees the factor 8 (16-byte
 vectors) whatever the values are; otherwise UNIT is 1 and accesses are narrow but right. Channels past D are masked, and
 the mask bounds the vectors of the whole tile: in bf16 they are of 8 bytes where D is a multiple of 4 only, of 4 bytes
 for other even D, and of 2 for odd ones.
+
+Where a launch configuration says `descriptors` (tables of sm_90 and sm_100), q, k, v and dO are loaded by TMA instead:
+the launcher describes each view as `[B, heads, tokens, dim]`, and hardware copies a tile to shared memory, with zeros
+past the last row and past D, without an address or a mask in a register. That takes UNIT = 8; rows that begin elsewhere
+come by pointers, in the same tiles. Stores are by pointers, and so is all on GPUs before Hopper and on AMD's, which
+have no TMA. Warps are not specialised, neither here nor there.
 
 Results go to `spans`, which cover the tokens in order: one span is one buffer, P spans are the buffers of P peers. The
 kernels get them as an int64 table with the columns
@@ -21,12 +27,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ._cache import Tiles
 from ._views import Span
 
 L2_BYTES = 24 << 20  # what the rows of one section of heads may take: about half of the L2 of recent GPUs
@@ -34,10 +43,42 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 
 @triton.jit
+def batch_rows(rows, stride_n, stride_b, stride_h, i_b, UNIT: tl.constexpr):
+    """The rows of a view in one batch entry, as `head_rows` takes them; `rows` is a pointer or a descriptor."""
+    if isinstance(rows, tl.tensor_descriptor):
+        return rows, i_b.to(tl.int32)
+    else:
+        return rows + i_b * stride_b * UNIT, stride_n, stride_h
+
+
+@triton.jit
+def head_rows(rows, i_h, UNIT: tl.constexpr):
+    """The rows of a head, as `load_rows` takes them."""
+    if isinstance(rows[0], tl.tensor_descriptor):
+        return rows[0], rows[1], i_h.to(tl.int32)
+    else:
+        return rows[0] + i_h.to(tl.int64) * rows[2] * UNIT, rows[1]
+
+
+@triton.jit
 def load_rows(
+    rows, i_row, n_rows,
+    UNIT: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rows `i_row .. i_row + ROWS - 1` of a head as `[ROWS, BLOCK]`; zero past `n_rows` and past D.
+
+    A descriptor knows where the rows end; by pointers `n_rows` is asked only if MASKED.
+    """
+    if isinstance(rows[0], tl.tensor_descriptor):
+        return rows[0].load([rows[1], rows[2], i_row, 0]).reshape([ROWS, BLOCK])
+    else:
+        return _load_rows(rows[0], i_row + tl.arange(0, ROWS), n_rows, rows[1], UNIT, MASKED, D, BLOCK)
+
+
+@triton.jit
+def _load_rows(
     ptr, o_row, n_rows, stride, UNIT: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Rows `o_row` of the view at `ptr` as `[rows, BLOCK]`; zero past `n_rows` (asked only if MASKED) and past D."""
     o_d = tl.arange(0, BLOCK)
     ptrs = ptr + o_row.to(tl.int64)[:, None] * stride * UNIT + o_d[None, :]  # [rows, BLOCK]
     if MASKED and D != BLOCK:
@@ -135,6 +176,35 @@ def named(name: str, values: Sequence[int]) -> dict[str, int]:
     """
     axes = "nbh" if len(values) == 3 else "nh"
     return {f"stride_{name}{axis}": value for axis, value in zip(axes, values, strict=True)}
+
+
+def launched(tiles: Tiles, unit: int, **views: tuple[Tensor, str]) -> dict[str, Any]:
+    """Arguments of a launch: the tiles, and views of rows with the name of the block that a tile of each has rows of.
+
+    Views are read by descriptors if the tiles say so and all views allow it, and otherwise by pointers.
+    """
+    tiles = dict(tiles)
+    described = tiles.pop("descriptors", False) and unit == 8 and all(_describable(view) for view, _ in views.values())
+    found: dict[str, Any] = dict(tiles)
+    for name, (view, rows) in views.items():
+        found[f"{name}_ptr"] = _descriptor(view, tiles[rows]) if described else view
+        found |= named(name, in_units(view, unit))
+    return found
+
+
+def _describable(view: Tensor) -> bool:
+    """Whether a TMA descriptor takes the view: it has elements, and none lie on top of each other."""
+    return view.numel() > 0 and all(s > 0 for s, n in zip(view.stride(), view.shape, strict=True) if n > 1)
+
+
+def _descriptor(view: Tensor, rows: int) -> TensorDescriptor:
+    """The view as `[B, heads, tokens, dim]`, for tiles of `rows` tokens of a head; it holds the tensor, and no copy.
+
+    The tile's sizes of 1 come first: in this order the compiler drops them. A size of 1 gets a stride that is valid.
+    """
+    (tokens, B, heads, dim), width = view.shape, block(view.shape[3])
+    token, batch, head = (stride or width for stride in strides(view))
+    return TensorDescriptor(view, [B, heads, tokens, dim], [batch, head, token, 1], [1, 1, rows, width])
 
 
 def span_table(spans: Sequence[Span], units: tuple[int, int], device: torch.device) -> Tensor:

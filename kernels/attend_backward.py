@@ -38,8 +38,11 @@ from ._mask import BLOCK, keep, place, tile_at, tile_range, tile_range_keys, tok
 from ._options import NUMBERS, arguments
 from ._rows import (
     DTYPES,
+    batch_rows,
     block,
+    head_rows,
     in_units,
+    launched,
     load_rows,
     named,
     occupied,
@@ -57,7 +60,7 @@ from ._views import HeadGrads, Options, Span
 
 @triton.jit
 def _dq_keys(
-    b_dq, b_dslope, b_q, b_do, b_lse, b_delta, k_ptr, v_ptr, stride_k, stride_v, i_begin, i_end, full, full_end,
+    b_dq, b_dslope, b_q, b_do, b_lse, b_delta, k, v, i_begin, i_end, full, full_end,
     tiles_ptr, m, i_head, o_m, spot_m, doc_m, qk_scale, cap_scale, slope, seed_low, seed_high, threshold, keep_scale,
     MASKED: tl.constexpr, HAS: tl.constexpr, PREDICATE: tl.constexpr, HAS_DSLOPE: tl.constexpr, UNIT: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -65,9 +68,10 @@ def _dq_keys(
     """Add the key tiles from `i_begin` to `i_end` to dq and, of the slope's gradient, to every query's part."""
     i_b, Sk = m[0], m[3]
     for i in range(i_begin, i_end, BLOCK_N):
-        o_n = tile_at(i, full, full_end, tiles_ptr, MASKED, HAS) + tl.arange(0, BLOCK_N)
-        b_k = load_rows(k_ptr, o_n, Sk, stride_k, UNIT, MASKED, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        b_v = load_rows(v_ptr, o_n, Sk, stride_v, UNIT, MASKED, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+        i_n = tile_at(i, full, full_end, tiles_ptr, MASKED, HAS)
+        o_n = i_n + tl.arange(0, BLOCK_N)
+        b_k = load_rows(k, i_n, Sk, UNIT, MASKED, D, BLOCK_N, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        b_v = load_rows(v, i_n, Sk, UNIT, MASKED, DV, BLOCK_N, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if HAS.softcap:
             b_s, b_slope = tanh(b_s * cap_scale)
@@ -118,13 +122,13 @@ def attend_dq_kernel(
     i_kv = (i_h + offset) // group
     o_m = i_m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
 
-    q_ptr += (i_b * stride_qb + i_h * stride_qh) * UNIT
-    k_ptr += (i_b * stride_kb + i_kv * stride_kh) * UNIT
-    v_ptr += (i_b * stride_vb + i_kv * stride_vh) * UNIT
-    do_ptr += (i_b * stride_dob + i_h * stride_doh) * UNIT
+    q = head_rows(batch_rows(q_ptr, stride_qn, stride_qb, stride_qh, i_b, UNIT), i_h, UNIT)
+    k = head_rows(batch_rows(k_ptr, stride_kn, stride_kb, stride_kh, i_b, UNIT), i_kv, UNIT)
+    v = head_rows(batch_rows(v_ptr, stride_vn, stride_vb, stride_vh, i_b, UNIT), i_kv, UNIT)
+    do = head_rows(batch_rows(do_ptr, stride_don, stride_dob, stride_doh, i_b, UNIT), i_h, UNIT)
     delta_ptr += i_b * stride_db + i_h * stride_dh
-    b_q = load_rows(q_ptr, o_m, S, stride_qn, UNIT, True, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-    b_do = load_rows(do_ptr, o_m, S, stride_don, UNIT, True, DV, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+    b_q = load_rows(q, i_m, S, UNIT, True, D, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    b_do = load_rows(do, i_m, S, UNIT, True, DV, BLOCK_M, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
     b_lse = tl.load(lse_ptr + (i_h * B + i_b) * S + o_m, mask=o_m < S, other=float("inf"))  # [BLOCK_M]
     b_lse = b_lse * 1.4426950408889634  # log2(e)
     b_delta = tl.load(delta_ptr + o_m.to(tl.int64) * stride_dn, mask=o_m < S, other=0.0)  # [BLOCK_M]
@@ -139,13 +143,13 @@ def attend_dq_kernel(
     i_row = i_b * stride_rb + i_h * stride_rh + i_m // BLOCK
     full, full_end, begin, end, tiles_ptr = tile_range(i_m, i_row, m, blocks, HAS, BLOCK_M, BLOCK_N)
     b_dq, b_dslope = _dq_keys(
-        b_dq, b_dslope, b_q, b_do, b_lse, b_delta, k_ptr, v_ptr, stride_kn, stride_vn, full, full_end, full, full_end,
+        b_dq, b_dslope, b_q, b_do, b_lse, b_delta, k, v, full, full_end, full, full_end,
         tiles_ptr, m, first_head + i_h, o_m, spot_m, doc_m, qk_scale, cap_scale, slope,
         seed_low, seed_high, threshold, keep_scale,
         False, HAS, PREDICATE, HAS_DSLOPE, UNIT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     b_dq, b_dslope = _dq_keys(
-        b_dq, b_dslope, b_q, b_do, b_lse, b_delta, k_ptr, v_ptr, stride_kn, stride_vn, begin, end, full, full_end,
+        b_dq, b_dslope, b_q, b_do, b_lse, b_delta, k, v, begin, end, full, full_end,
         tiles_ptr, m, first_head + i_h, o_m, spot_m, doc_m, qk_scale, cap_scale, slope,
         seed_low, seed_high, threshold, keep_scale,
         True, HAS, PREDICATE, HAS_DSLOPE, UNIT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
@@ -161,8 +165,8 @@ def attend_dq_kernel(
 
 @triton.jit
 def _dkv_queries(
-    b_dk, b_dv, b_k, b_v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qn, stride_qh, stride_don, stride_doh, stride_dn,
-    stride_dh, stride_lh, i_first, n_heads, i_begin, i_end, full, full_end, tiles_ptr,
+    b_dk, b_dv, b_k, b_v, q, do, lse_ptr, delta_ptr, stride_dn, stride_dh, stride_lh, i_first, n_heads,
+    i_begin, i_end, full, full_end, tiles_ptr,
     m, first_head, o_n, doc_n, slopes_ptr, qk_scale, cap_scale, seed_low, seed_high, threshold, keep_scale,
     MASKED: tl.constexpr, HAS: tl.constexpr, PREDICATE: tl.constexpr, UNIT: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -183,12 +187,13 @@ def _dkv_queries(
             i_tile = tile_at(i_begin + i * BLOCK_M, full, full_end, tiles_ptr, MASKED, HAS)
             n_listed = tl.cdiv(S, BLOCK) * BLOCK  # tokens that every head has in the list
             i_h = tl.cast(i_tile // n_listed, tl.int64)
-            o_m = i_tile % n_listed + tl.arange(0, BLOCK_M)
+            i_m = i_tile % n_listed
         else:
             i_h = tl.cast(i_first + i // n_tiles, tl.int64)
             i_tile = i_begin + i % n_tiles * BLOCK_M
-            o_m = tile_at(i_tile, full, full_end, tiles_ptr, MASKED, HAS) + tl.arange(0, BLOCK_M)
-        b_q = load_rows(q_ptr + i_h * stride_qh * UNIT, o_m, S, stride_qn, UNIT, True, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+            i_m = tile_at(i_tile, full, full_end, tiles_ptr, MASKED, HAS)
+        o_m = i_m + tl.arange(0, BLOCK_M)
+        b_q = load_rows(head_rows(q, i_h, UNIT), i_m, S, UNIT, True, D, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
         b_lse = tl.load(lse_ptr + i_h * stride_lh + o_m, mask=o_m < S, other=float("inf"))  # [BLOCK_M]
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
         if HAS.softcap:
@@ -212,8 +217,7 @@ def _dkv_queries(
         if HAS.dropout:
             stay = stays(i_b, first_head + i_h, o_m[None, :], o_n[:, None], seed_low, seed_high, threshold)
             b_p = tl.where(stay, b_p * keep_scale, 0.0)
-        do_head_ptr = do_ptr + i_h * stride_doh * UNIT
-        b_do = load_rows(do_head_ptr, o_m, S, stride_don, UNIT, True, DV, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+        b_do = load_rows(head_rows(do, i_h, UNIT), i_m, S, UNIT, True, DV, BLOCK_M, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
         b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")  # [BLOCK_N, BLOCK_DV]
         delta_ptrs = delta_ptr + i_h * stride_dh + o_m.to(tl.int64) * stride_dn
         b_delta = tl.load(delta_ptrs, mask=o_m < S, other=0.0)  # [BLOCK_M]
@@ -249,14 +253,14 @@ def attend_dkv_kernel(
     i_kv = i_bkv % hkv
     o_n = i_n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
 
-    q_ptr += i_b * stride_qb * UNIT
-    k_ptr += (i_b * stride_kb + i_kv.to(tl.int64) * stride_kh) * UNIT
-    v_ptr += (i_b * stride_vb + i_kv.to(tl.int64) * stride_vh) * UNIT
-    do_ptr += i_b * stride_dob * UNIT
+    q = batch_rows(q_ptr, stride_qn, stride_qb, stride_qh, i_b, UNIT)
+    k = head_rows(batch_rows(k_ptr, stride_kn, stride_kb, stride_kh, i_b, UNIT), i_kv, UNIT)
+    v = head_rows(batch_rows(v_ptr, stride_vn, stride_vb, stride_vh, i_b, UNIT), i_kv, UNIT)
+    do = batch_rows(do_ptr, stride_don, stride_dob, stride_doh, i_b, UNIT)
     lse_ptr += i_b * S
     delta_ptr += i_b * stride_db
-    b_k = load_rows(k_ptr, o_n, Sk, stride_kn, UNIT, True, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-    b_v = load_rows(v_ptr, o_n, Sk, stride_vn, UNIT, True, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+    b_k = load_rows(k, i_n, Sk, UNIT, True, D, BLOCK_N, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    b_v = load_rows(v, i_n, Sk, UNIT, True, DV, BLOCK_N, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
 
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
@@ -269,14 +273,14 @@ def attend_dkv_kernel(
     stride_lh = tl.cast(B, tl.int64) * S
     if HAS.causal or HAS.gaps or HAS.predicate or HAS.blocks:
         b_dk, b_dv = _dkv_queries(
-            b_dk, b_dv, b_k, b_v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qn, stride_qh, stride_don, stride_doh,
-            stride_dn, stride_dh, stride_lh, i_first, n_heads, begin, end, full, full_end, tiles_ptr,
+            b_dk, b_dv, b_k, b_v, q, do, lse_ptr, delta_ptr, stride_dn, stride_dh, stride_lh, i_first, n_heads,
+            begin, end, full, full_end, tiles_ptr,
             m, first_head, o_n, doc_n, slopes_ptr, qk_scale, cap_scale, seed_low, seed_high, threshold, keep_scale,
             True, HAS, PREDICATE, UNIT, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     b_dk, b_dv = _dkv_queries(
-        b_dk, b_dv, b_k, b_v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qn, stride_qh, stride_don, stride_doh,
-        stride_dn, stride_dh, stride_lh, i_first, n_heads, full, full_end, full, full_end, tiles_ptr,
+        b_dk, b_dv, b_k, b_v, q, do, lse_ptr, delta_ptr, stride_dn, stride_dh, stride_lh, i_first, n_heads,
+        full, full_end, full, full_end, tiles_ptr,
         m, first_head, o_n, doc_n, slopes_ptr, qk_scale, cap_scale, seed_low, seed_high, threshold, keep_scale,
         False, HAS, PREDICATE, UNIT, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
@@ -313,12 +317,10 @@ def attend_backward(
     assert lse.is_contiguous()
     dq, dkv = occupied(dq, S), occupied(dkv, Sk)
     u = unit(q, k, v, do, *views_of(dq, 0), *views_of(dkv, 0), *views_of(dkv, 1))
-    inputs: dict[str, Any] = dict(q_ptr=q, k_ptr=k, v_ptr=v, do_ptr=do, lse_ptr=lse, delta_ptr=delta)
+    rows = {"q": (q, "BLOCK_M"), "k": (k, "BLOCK_N"), "v": (v, "BLOCK_N"), "do": (do, "BLOCK_M")}
     shapes: dict[str, Any] = dict(
-        **named("q", in_units(q, u)),
-        **named("k", in_units(k, u)),
-        **named("v", in_units(v, u)),
-        **named("do", in_units(do, u)),
+        lse_ptr=lse,
+        delta_ptr=delta,
         **named("d", in_units(delta, 1)),
         B=B,
         S=S,
@@ -338,7 +340,6 @@ def attend_backward(
         _config.launch(
             attend_dq_kernel,
             (triton.cdiv(S, tiles["BLOCK_M"]) * B * hq,),
-            **inputs,
             table_ptr=span_table(dq, (u, 1), q.device),
             **named("dq", shared_strides(dq, 0, u)),
             dslope_ptr=dslope,
@@ -348,14 +349,13 @@ def attend_backward(
             section=section(B * hq, Sk * row_bytes // options.heads.group),
             DQ_DTYPE=_dtype(dq, 0),
             **shapes,
-            **tiles,
+            **launched(tiles, u, **rows),
         )
     if dkv:
         tiles = _config.tiles("attend_dkv", q, (D, Dv), max(S, Sk), options.flags)
         _config.launch(
             attend_dkv_kernel,
             (triton.cdiv(Sk, tiles["BLOCK_N"]) * B * hkv,),
-            **inputs,
             table_ptr=span_table(dkv, (u, u), q.device),
             **named("dk", shared_strides(dkv, 0, u)),
             **named("dv", shared_strides(dkv, 1, u)),
@@ -366,7 +366,7 @@ def attend_backward(
             DK_DTYPE=_dtype(dkv, 0),
             DV_DTYPE=_dtype(dkv, 1),
             **shapes,
-            **tiles,
+            **launched(tiles, u, **rows),
         )
     if heads.slopes is not None and dslope is not None:
         torch.sum(dslope, (1, 2), out=heads.slopes)

@@ -31,8 +31,10 @@ from ._mask import BLOCK, keep, place, tile_at, tile_range, tokens
 from ._options import NUMBERS, arguments
 from ._rows import (
     DTYPES,
+    batch_rows,
     block,
-    in_units,
+    head_rows,
+    launched,
     load_rows,
     named,
     occupied,
@@ -51,7 +53,7 @@ from ._views import Options, Span
 
 @triton.jit
 def _attend_keys(
-    acc, m_i, l_i, b_q, k_ptr, v_ptr, stride_k, stride_v, i_begin, i_end, full, full_end, tiles_ptr,
+    acc, m_i, l_i, b_q, k, v, i_begin, i_end, full, full_end, tiles_ptr,
     m, i_head, o_m, spot_m, doc_m, qk_scale, cap_scale, slope, seed_low, seed_high, threshold,
     MASKED: tl.constexpr, HAS: tl.constexpr, PREDICATE: tl.constexpr, UNIT: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -59,8 +61,9 @@ def _attend_keys(
     """Take the key tiles from `i_begin` to `i_end` into the running softmax."""
     i_b, Sk = m[0], m[3]
     for i in range(i_begin, i_end, BLOCK_N):
-        o_n = tile_at(i, full, full_end, tiles_ptr, MASKED, HAS) + tl.arange(0, BLOCK_N)
-        b_k = load_rows(k_ptr, o_n, Sk, stride_k, UNIT, MASKED, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        i_n = tile_at(i, full, full_end, tiles_ptr, MASKED, HAS)
+        o_n = i_n + tl.arange(0, BLOCK_N)
+        b_k = load_rows(k, i_n, Sk, UNIT, MASKED, D, BLOCK_N, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if HAS.softcap:
             b_s = tanh(b_s * cap_scale)[0]
@@ -85,7 +88,7 @@ def _attend_keys(
             stay = stays(i_b, i_head, o_m[:, None], o_n[None, :], seed_low, seed_high, threshold)
             b_p = tl.where(stay, b_p, 0.0)
         acc = acc * alpha[:, None]
-        b_v = load_rows(v_ptr, o_n, Sk, stride_v, UNIT, MASKED, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+        b_v = load_rows(v, i_n, Sk, UNIT, MASKED, DV, BLOCK_N, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
         acc = tl.dot(b_p.to(b_v.dtype), b_v, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_DV]
         m_i = m_new
     return acc, m_i, l_i
@@ -111,13 +114,13 @@ def attend_forward_kernel(
     i_m = i_tile * BLOCK_M
     i_b = (i_bh // hq).to(tl.int64)
     i_h = i_bh % hq
-    i_kv = ((i_h + offset) // group).to(tl.int64)
+    i_kv = (i_h + offset) // group
     o_m = i_m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
 
-    q_ptr += (i_b * stride_qb + i_h.to(tl.int64) * stride_qh) * UNIT
-    k_ptr += (i_b * stride_kb + i_kv * stride_kh) * UNIT
-    v_ptr += (i_b * stride_vb + i_kv * stride_vh) * UNIT
-    b_q = load_rows(q_ptr, o_m, S, stride_qn, UNIT, True, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    q = head_rows(batch_rows(q_ptr, stride_qn, stride_qb, stride_qh, i_b, UNIT), i_h, UNIT)
+    k = head_rows(batch_rows(k_ptr, stride_kn, stride_kb, stride_kh, i_b, UNIT), i_kv, UNIT)
+    v = head_rows(batch_rows(v_ptr, stride_vn, stride_vb, stride_vh, i_b, UNIT), i_kv, UNIT)
+    b_q = load_rows(q, i_m, S, UNIT, True, D, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     if IS_NEGATIVE:
         b_q = (-b_q.to(tl.float32)).to(b_q.dtype)
 
@@ -135,12 +138,12 @@ def attend_forward_kernel(
     i_row = i_b * stride_rb + i_h * stride_rh + i_m // BLOCK
     full, full_end, begin, end, tiles_ptr = tile_range(i_m, i_row, m, blocks, HAS, BLOCK_M, BLOCK_N)
     acc, m_i, l_i = _attend_keys(
-        acc, m_i, l_i, b_q, k_ptr, v_ptr, stride_kn, stride_vn, full, full_end, full, full_end, tiles_ptr,
+        acc, m_i, l_i, b_q, k, v, full, full_end, full, full_end, tiles_ptr,
         m, first_head + i_h, o_m, spot_m, doc_m, qk_scale, cap_scale, slope, seed_low, seed_high, threshold,
         False, HAS, PREDICATE, UNIT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     acc, m_i, l_i = _attend_keys(
-        acc, m_i, l_i, b_q, k_ptr, v_ptr, stride_kn, stride_vn, begin, end, full, full_end, tiles_ptr,
+        acc, m_i, l_i, b_q, k, v, begin, end, full, full_end, tiles_ptr,
         m, first_head + i_h, o_m, spot_m, doc_m, qk_scale, cap_scale, slope, seed_low, seed_high, threshold,
         True, HAS, PREDICATE, UNIT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
@@ -191,14 +194,8 @@ def attend_forward(
     _config.launch(
         attend_forward_kernel,
         (n_tiles * B * hq,),
-        q_ptr=q,
-        k_ptr=k,
-        v_ptr=v,
         table_ptr=span_table(spans, (out_unit, 1), q.device),
         lse_ptr=lse,
-        **named("q", in_units(q, u)),
-        **named("k", in_units(k, u)),
-        **named("v", in_units(v, u)),
         **named("o", shared_strides(spans, 0, out_unit)),
         **named("l", (0, 0) if stat is None else shared_strides(spans, 1, 1)),
         B=B,
@@ -220,5 +217,5 @@ def attend_forward(
         DV=Dv,
         BLOCK_D=block(D),
         BLOCK_DV=block(Dv),
-        **tiles,
+        **launched(tiles, u, q=(q, "BLOCK_M"), k=(k, "BLOCK_N"), v=(v, "BLOCK_N")),
     )

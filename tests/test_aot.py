@@ -98,6 +98,13 @@ def test_shipped_configurations_keep_the_rules(compiled: list[dict]) -> None:
     assert {(c["case"], c["kernel"]): c["faults"] for c in compiled if c["faults"]} == {}
 
 
+def test_rows_come_by_tma_where_there_is_such(compiled: list[dict]) -> None:
+    """As the tables say, of which `faults` holds that TMA loads are in the machine code."""
+    target = compiled[0]["target"]
+    by_tma = {(c["case"], c["kernel"]) for c in compiled if c["tma"]}
+    assert ("bf16 D 128", "attend_forward_kernel") in by_tma if target in ("sm_90", "sm_100") else not by_tma
+
+
 def test_rows_are_accessed_in_vectors(compiled: list[dict]) -> None:
     """The forward without an LSE has no scalar access; the backward, and documents, read numbers and store none."""
     for c in compiled:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -16,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import allowed, relative_error
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ulysses_triton.kernels import (
     _blocks,
@@ -520,6 +523,87 @@ def test_offsets_past_32_bits(tmp_path) -> None:
         inputs = (q, k, v) if target is out else tuple(x.clone() for x in (q, k, v))
         attend_forward.attend_forward(*inputs, [Span(0, (target, None))], None, Options(0.25, True, HeadMap(1, 0)))
     assert torch.equal(out, near)
+
+
+DESCRIBED = {
+    "more keys causal": CASES["more keys causal"],
+    "one token": CASES["one token"],
+    "GQA batch 2": CASES["GQA batch 2"],
+    "more group than heads": CASES["more group than heads"],
+    "D 1 Dv 3": CASES["D 1 Dv 3"],
+    "D 33 Dv 17": CASES["D 33 Dv 17"],
+    "D 100": replace(CASES["D 100"], dtype=torch.bfloat16),
+    "D 192 Dv 128 bf16": replace(CASES["D 192 Dv 128"], dtype=torch.bfloat16, partial=True),
+    "negative scale": replace(CASES["negative scale"], dtype=torch.float16),
+    "window more keys": CASES["window more keys"],
+    "documents mixed": replace(CASES["documents mixed"], S=70, Sk=70),
+    "woven in lists": replace(CASES["woven"], S=40, hq=2, listed=True),
+    "everything": replace(CASES["everything"], S=60, Sk=60, B=1, hq=3),
+    "unaligned": CASES["unaligned"],
+}
+
+
+@contextmanager
+def with_tiles(**tiles: int) -> Iterator[None]:
+    """Inside, all attention kernels are launched with these tiles."""
+    with ExitStack() as stack:
+        for kernel in ("attend_forward", "attend_dq", "attend_dkv"):
+            stack.enter_context(_config.fixed(kernel, {"num_warps": 4, "num_stages": 1, **tiles}))
+        yield
+
+
+@pytest.mark.parametrize("case", DESCRIBED.values(), ids=DESCRIBED)
+def test_descriptors_read_what_pointers_read(case: Case) -> None:
+    """Bit for bit, whatever lies between the rows (NaN, here)."""
+    memory = Memory(case.aligned)
+    p = problem(case, memory)
+    found = []
+    for descriptors in (False, True):
+        with with_tiles(BLOCK_M=32, BLOCK_N=64, descriptors=descriptors):
+            found.append(run(KERNELS, case, p, memory))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(*pair) for pair in zip(found[0].values(), found[1].values(), strict=True))
+    memory.assert_gaps_untouched()
+
+
+def read_by(case: Case, **replaced: Tensor) -> list[set[type]]:
+    """The types of the arguments that each kernel reads rows by, asked for descriptors."""
+    memory = Memory(case.aligned)
+    p = replace(problem(case, memory), **replaced)
+    dq, dk, dv = (memory.rows(len(x), 1, x.size(2), x.size(3), x.dtype) for x in (p.q, p.k, p.v))
+    with _config.capture("sm_90") as launches, with_tiles(BLOCK_M=64, BLOCK_N=32, descriptors=True):
+        attend_forward.attend_forward(p.q, p.k, p.v, [Span(0, (torch.empty_like(p.do), None))], None, case.options)
+        attend_backward.attend_backward(
+            p.q, p.k, p.v, p.do, p.lse, p.delta, [Span(0, (dq,))], [Span(0, (dk, dv))], case.options
+        )
+    return [{type(x) for name, x in launch.args.items() if name in ROWS} for launch in launches]
+
+
+ROWS = {"q_ptr", "k_ptr", "v_ptr", "do_ptr"}
+
+
+def test_rows_that_descriptors_do_not_take_are_read_by_pointers() -> None:
+    """Those that do not begin on 16 bytes, those of no tokens, and those that lie on top of each other."""
+    case = Case(S=40, Sk=70, D=24, Dv=40, causal=False)
+    one = torch.ones(1, 1, 1, 40)
+    assert read_by(case) == [{TensorDescriptor}] * 3
+    assert read_by(replace(case, aligned=False)) == [{Tensor}] * 3
+    assert read_by(replace(case, Sk=0)) == [{Tensor}] * 2
+    assert read_by(case, do=one.expand(40, 1, 2, 40)) == [{TensorDescriptor}, {Tensor}, {Tensor}]
+
+
+def test_a_descriptor_has_the_sizes_and_strides_of_its_rows() -> None:
+    memory = Memory(True)
+    view = memory.rows(70, 3, 2, 33, torch.bfloat16)
+    tiles = {"BLOCK_M": 64, "num_warps": 4, "num_stages": 1}
+    found = _rows.launched({**tiles, "descriptors": True}, 8, q=(view, "BLOCK_M"))
+    q = found.pop("q_ptr")
+    assert found == tiles | _rows.named("q", _rows.in_units(view, 8))
+    token, batch, head, _ = view.stride()
+    assert (q.base is view, q.shape, q.strides) == (True, [3, 2, 70, 33], [batch, head, token, 1])
+    assert q.block_shape == [1, 1, 64, 64]
+    alone = _rows.launched({**tiles, "descriptors": True}, 8, q=(view[:1, :1, :1], "BLOCK_M"))["q_ptr"]
+    assert alone.shape == [1, 1, 1, 33] and all(s > 0 and s % 8 == 0 for s in alone.strides[:3])
 
 
 @pytest.mark.parametrize("dims", [(33, 17), (100, 1)], ids=str)

@@ -522,6 +522,10 @@ def test_blocks_divide_128_in_all_tables_and_candidates() -> None:
             some = trial.candidates(Key(kernel, "bfloat16", dims, (), 0), dict(found[0]))
             assert len(some) > 1, (kernel, dims)
             found += some
+            first = {"num_warps": 4}
+            by_tma = trial.candidates(Key(kernel, "bfloat16", dims, (), 0), first, descriptors=(False, True))
+            by_tma = [tiles for tiles in by_tma if "descriptors" in tiles]
+            assert [tiles | {"descriptors": True} for tiles in some[1:] if kernel.startswith("attend")] == by_tma
     for tiles in found:
         assert all(_cache.BLOCK % tiles[name] == 0 for name in tiles if name.startswith("BLOCK")), tiles
 

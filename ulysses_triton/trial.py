@@ -309,8 +309,13 @@ def prepare(problem: Problem, tiles: Tiles, variant: Variant = PLAIN) -> Prepare
     return Prepared(launch, results)
 
 
-def candidates(key: Key, first: Tiles, stages: tuple[int, ...] = (1, 2, 3)) -> list[Tiles]:
-    """Configurations to try, beginning with the one of the tables; all that is certain to spill is left out."""
+def candidates(
+    key: Key, first: Tiles, stages: tuple[int, ...] = (1, 2, 3), descriptors: tuple[bool, ...] = (False,)
+) -> list[Tiles]:
+    """Configurations to try, beginning with the one of the tables; all that is certain to spill is left out.
+
+    Attention is tried with rows loaded by TMA or by pointers, as `descriptors` says.
+    """
     found = [first]
     steps = [16 << i for i in range(4)]
     assert steps[-1] == BLOCK
@@ -327,5 +332,6 @@ def candidates(key: Key, first: Tiles, stages: tuple[int, ...] = (1, 2, 3)) -> l
             for n in steps:
                 if n <= rows and least <= rows * (width + scores * n) <= most:
                     blocks = {held: rows, walked: n}
-                    found += [{**blocks, "num_warps": warps, "num_stages": s} for s in stages]
+                    each = [{**blocks, "num_warps": warps, "num_stages": s} for s in stages]
+                    found += [tiles | {"descriptors": True} if d else tiles for tiles in each for d in descriptors]
     return [tiles for i, tiles in enumerate(found) if tiles not in found[:i]]

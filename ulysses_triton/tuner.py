@@ -37,7 +37,9 @@ def fastest(key: Key, machine: Machine, heads: tuple[int, int]) -> Entry:
     gates = [trial.Problem(key._replace(seq=0), tokens, *GATE_HEADS, machine.device) for tokens in machine.gate_tokens]
     like = torch.empty(0, dtype=problem.dtype, device=machine.device)
     stages = (1, 2) if torch.version.hip else (1, 2, 3)
-    tiles = trial.candidates(key, _config.tiles(key.kernel, like, key.dims, key.seq, key.flags), stages)[: machine.most]
+    descriptors = (False, True) if _config.has_tma(machine.device) else (False,)
+    first = _config.tiles(key.kernel, like, key.dims, key.seq, key.flags)
+    tiles = trial.candidates(key, first, stages, descriptors)[: machine.most]
     tried: dict[str, str] = {}
     best: tuple[float, Tiles, Resources, dict[str, trial.Error]] | None = None
     for each, compiled in zip(tiles, _compiled(problem, tiles, machine), strict=True):
