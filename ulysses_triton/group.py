@@ -75,17 +75,16 @@ class UlyssesGroup:
         self.memo = Memo()  # what was made once per batch of tokens: documents, lists of blocks
         self.process_group = None if isinstance(group, VirtualMember) else process_group(group)
         self.devices = frozenset({"cpu", "cuda"})
-        self.control: Control
-        self.exchange: Exchange
         if self.process_group is not None and self.process_group.size() > 1:
             self.devices = _devices(self.process_group)
-            self.control = GlooControl(self.process_group, timeout)
-            self.exchange = TorchExchange(self.process_group, self.pool, timeout)
-            self._why = f"{exchange}: any process group can carry it"
+            carriers = _carriers(exchange, self.process_group, self.pool, timeout)
         else:
             member = group if isinstance(group, VirtualMember) else VirtualWorld(1).member(0)
-            self.control, self.exchange = member, OneSidedExchange("virtual", member)
-            self._why = "one rank: nothing to exchange" if member.size == 1 else "ranks are threads of this process"
+            why = "one rank: nothing to exchange" if member.size == 1 else "ranks are threads of this process"
+            carriers = member, OneSidedExchange("virtual", member), why
+        self.control: Control = carriers[0]
+        self.exchange: Exchange = carriers[1]
+        self._why = carriers[2]
         self.rank, self.size = self.control.rank, self.control.size
         self.implicit = False  # made by `resolve`, not by the user
         self.default = group is None
@@ -274,6 +273,15 @@ def process_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessG
             "is what new_group gives to ranks outside the group: those make no call)"
         )
     return group
+
+
+def _carriers(exchange: str, group: dist.ProcessGroup, pool: Pool, timeout: timedelta) -> tuple[Control, Exchange, str]:
+    """What carries the control messages of a process group, what carries its rows, and why."""
+    return (
+        GlooControl(group, timeout),
+        TorchExchange(group, pool, timeout),
+        f"{exchange}: any process group can carry it",
+    )
 
 
 def _devices(group: dist.ProcessGroup) -> frozenset[str]:

@@ -39,8 +39,6 @@ class Transport(Protocol):
 class OneSidedHop:
     def __init__(self, exchange: OneSidedExchange, messages: Sequence[Message], receive: Sequence[Tensor]) -> None:
         self._exchange = exchange
-        exchange.epoch += 1
-        self._epoch = exchange.epoch
         announced = exchange.transport.announce(receive)
         self.peers = [[rank[m] for rank in announced] for m in range(len(messages))]
         self.blocks = [
@@ -49,6 +47,8 @@ class OneSidedHop:
         ]
 
     def start(self) -> None:
+        self._exchange.epoch += 1  # of the start: hops start in one order on all ranks, opened hops may overlap
+        self._epoch = self._exchange.epoch
         self._exchange.transport.arrive(self._epoch)
 
     def finish(self) -> None:
