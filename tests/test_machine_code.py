@@ -180,7 +180,7 @@ def test_peaks_are_those_of_the_datasheets() -> None:
 
 GOOD = aot.Report(
     kernel="attend_dq_kernel", target="sm_100", wanted_mma="tcgen05.mma", warps=8, registers=200, spill_stores=0,
-    spill_loads=0, shared=227 << 10, tensor_memory=512, mma=("tcgen05.mma",), accesses={"ld.global.v4.b32": 4},
+    spill_loads=0, shared=227 << 10, tensor_memory=512, mma=("tcgen05.mma",), tma=3, accesses={"ld.global.v4.b32": 4},
     scalar_rows={}, instructions=dict.fromkeys(_machine_code.CLASSES, 1), is_loop=True, blocks=1,
     share=(0.4, 0.9), waste=None,
 )  # fmt: skip
@@ -195,6 +195,8 @@ GOOD = aot.Report(
         (dict(blocks=0), "8 warps with 200 registers per thread do not fit"),
         (dict(mma=("mma.sync",)), "no tcgen05.mma"),
         (dict(mma=(), wanted_mma=None), None),  # fp32
+        (dict(tma=0), "no TMA for rows that descriptors describe"),
+        (dict(tma=None), None),  # rows are read by pointers
         (dict(spill_stores=1), "1 spills, 0 allowed"),
         (dict(spill_stores=8, kernel="attend_dkv_kernel"), None),
         (dict(spill_stores=9, kernel="attend_dkv_kernel"), "9 spills, 8 allowed"),
