@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import importlib.util
 import math
+import multiprocessing
 import os
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -386,6 +388,7 @@ def measured(case: Case, part: str, field: Sequence[Contestant], default: str, a
 def serve(rank: int, port: int, asked: Asked, pipe: Connection) -> None:
     """What a rank's process does: send the records of every case and part (rank 0), then None; or why it failed."""
     ranks = asked.cases[0].ranks
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         torch.set_num_threads(1)
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
@@ -405,6 +408,14 @@ def serve(rank: int, port: int, asked: Asked, pipe: Connection) -> None:
         pipe.send(traceback.format_exc())
         os._exit(1)
     os._exit(0)  # gloo's threads sometimes abort in an orderly end
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed ends nothing itself, and ranks would wait for each other for long."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def variables(rank: int, ranks: int, port: int) -> dict[str, str]:
