@@ -500,19 +500,14 @@ def test_query_heads_of_a_kv_head_in_several_calls(launchers, dims: tuple[int, i
     p = problem(case, memory)
     whole = run(launchers, case, p, memory)
     dq = spans_of(memory, case.S, (), case.B, (case.hq, case.D, case.dtype))
-    sums = None
-    for heads in (slice(0, 1), slice(1, 3)):
-        options = case.options._replace(heads=HeadMap(3, FIRST * 3 + heads.start))
-        before, dkv = (
-            sums,
-            spans_of(memory, case.Sk, case.key_cuts, case.B, (1, case.D, case.dtype), (1, case.Dv, case.dtype)),
-        )
-        if heads.stop < case.hq:
-            sums = tuple(torch.full((1, case.B, case.Sk, n), math.nan) for n in dims)
-            dkv = [Span(0, tuple(x.permute(2, 1, 0, 3) for x in sums))]
+    dkv = spans_of(memory, case.Sk, case.key_cuts, case.B, (1, case.D, case.dtype), (1, case.Dv, case.dtype))
+    sums = tuple(torch.full((1, case.B, case.Sk, n), math.nan) for n in dims)
+    of_sums = [Span(0, tuple(x.permute(2, 1, 0, 3) for x in sums))]
+    for heads, into, start in ((slice(0, 1), of_sums, None), (slice(1, 3), dkv, sums)):
         launchers[1](
             p.q[:, :, heads], p.k, p.v, p.do[:, :, heads], p.lse[heads], p.delta[:, :, heads],
-            [Span(0, (dq[0].views[0][:, :, heads],))], dkv, options, start=before,
+            [Span(0, (dq[0].views[0][:, :, heads],))], into,
+            case.options._replace(heads=HeadMap(3, FIRST * 3 + heads.start)), start=start,
         )  # fmt: skip
     found = {"dq": joined(dq, 0), "dk": joined(dkv, 0), "dv": joined(dkv, 1)}
     assert torch.equal(found["dq"], whole["dq"])

@@ -146,7 +146,7 @@ def test_options_are_the_same_bits_for_every_number_of_ranks(pool, attention, op
 
 
 def hold_chunks(case: Case, results, chunks: tuple[int, ...] = (2, 3, 4)) -> None:
-    """`results` gives all ranks' of a case: the same bits in chunks, but for the dk and dv of kv heads that chunks share.
+    """`results` gives all ranks' of a case: in chunks the same bits, but for dk and dv of kv heads that chunks share.
 
     Those differ by the order of fp32 sums, and with them what follows from dk.
     """
@@ -156,10 +156,8 @@ def hold_chunks(case: Case, results, chunks: tuple[int, ...] = (2, 3, 4)) -> Non
         many = joined(case, results(replace(case, chunks=number)))
         for name, expected in one.items():
             if number > whole and name in ("dk", "dv", "dk_norm"):
-                close = (
-                    dict(rtol=2e-5, atol=1e-5) if case.dtype == "fp32" else dict(rtol=2e-2, atol=1e-2)
-                )  # one rounding
-                torch.testing.assert_close(many[name], expected, rtol=close[0], atol=close[1])
+                rtol, atol = (2e-5, 1e-5) if case.dtype == "fp32" else (2e-2, 1e-2)  # of bf16: another rounding
+                torch.testing.assert_close(many[name], expected, rtol=rtol, atol=atol)
             else:
                 assert torch.equal(many[name], expected), f"{name} in {number} chunks"
 

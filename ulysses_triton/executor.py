@@ -379,10 +379,9 @@ class _Run:
 
     def _head_lse(self, c: int) -> Tensor:
         """`[hq, B, S]` of a chunk's heads."""
-        p = self.problem
-        found = self._part(c, self.saved[self.space.lse].view(self.stat_dtype).view(-1, p.batch, p.seq))
-        assert found is not None
-        return found
+        p, share, mine = self.problem, self.chunks[c].shares[self.rank], self.placement.shares[self.rank]
+        every = self.saved[self.space.lse].view(self.stat_dtype).view(mine.q_heads, p.batch, p.seq)
+        return every[share.q_start - mine.q_start : share.q_stop - mine.q_start]
 
     def _qkv(self, c: int) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v of a chunk's heads over the whole sequence: views of the received rows."""
