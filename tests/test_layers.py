@@ -36,7 +36,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "kernels.reference",
         "kernels.unpack",
     ),
-    "values": ("errors", "masks", "placement", "schedule", "spec"),
+    "values": ("errors", "masks", "placement", "schedule", "spec", "timeline", "timeline_svg"),
     "exchange": (
         "exchange",
         "exchange.base",
@@ -48,7 +48,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "exchange.torch_dist",
         "exchange.virtual",
     ),
-    "engine": ("call", "executor", "group", "halves", "local", "memo", "op"),
+    "engine": ("call", "executor", "group", "halves", "local", "memo", "op", "tracing"),
     "face": (
         "",  # __init__
         "__main__",
@@ -69,7 +69,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "training.*",
     ),
 }
-WITHOUT_TORCH = ("errors", "placement", "schedule", "spec")  # pure Python, but for types
+WITHOUT_TORCH = ("errors", "placement", "schedule", "spec", "timeline", "timeline_svg")  # pure Python, but for types
 OPTIONAL = {"accelerate", "cupy", "kernels", "matplotlib", "tqdm", "transformers"}
 
 

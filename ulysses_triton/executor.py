@@ -219,11 +219,15 @@ class _Run:
             "attend_backward": self._attend_backward,
             "unpack_grad": self._unpack_grad,
         }
+        recorder = self.group.recorder
         for step in steps:
             if step.stream == "exchange":
                 self._finish(step.name)
-            else:
+            elif recorder is None:
                 actions[step.name]()
+            else:
+                with recorder.step(self.group, step, self.device):
+                    actions[step.name]()
 
     # -- forward
 
@@ -264,10 +268,9 @@ class _Run:
         nothing = Message(*[(0,) * p.ranks] * 3)  # nobody sends blocks: rows are written where they belong
         with self.group.step("exchange_out"):
             hop = self.group.exchange.open([nothing, nothing], [self.out, self.user_lse], [None, None])
-        self._remember("exchange_out", hop, [self.out])
         assert hop.peers is not None
         heads = slice(share.q_start, share.q_stop)
-        return [
+        spans = [
             Span(
                 start,
                 (
@@ -277,6 +280,8 @@ class _Run:
             )
             for start, n, o, lse in zip(_starts(p.lens), p.lens, *hop.peers, strict=True)
         ]
+        self._remember("exchange_out", hop, [self.out], [[x for x in s.views if x is not None] for s in spans])
+        return spans
 
     def _unpack(self) -> None:
         p = self.problem
@@ -366,7 +371,13 @@ class _Run:
                 for block, mine in zip(blocks, torch.split(part, list(message.send)), strict=True):
                     block.copy_(mine)
 
-    def _remember(self, name: str, hop: Hop, receive: list[Tensor]) -> None:
+    def _remember(
+        self, name: str, hop: Hop, receive: list[Tensor], written: Sequence[Sequence[Tensor]] | None = None
+    ) -> None:
+        """`written`: per rank, what this one writes for it, where that is not the hop's blocks."""
+        if self.group.recorder is not None:
+            blocks = list(zip(*hop.blocks, strict=True)) if written is None else written
+            hop = self.group.recorder.hop(self.group, name, hop, blocks, self.device)
         self.hops[name], self.received[name] = hop, receive
 
     def _finish(self, name: str) -> None:
