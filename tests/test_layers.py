@@ -36,7 +36,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "kernels.reference",
         "kernels.unpack",
     ),
-    "values": ("errors", "masks", "placement", "schedule", "spec", "timeline", "timeline_svg"),
+    "values": ("cost", "errors", "masks", "placement", "schedule", "spec", "timeline", "timeline_svg"),
     "exchange": (
         "exchange",
         "exchange.base",
@@ -55,7 +55,6 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "api",
         "case",
         "cli",
-        "cost",
         "machine",
         "packed",
         "shard",
@@ -69,7 +68,15 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "training.*",
     ),
 }
-WITHOUT_TORCH = ("errors", "placement", "schedule", "spec", "timeline", "timeline_svg")  # pure Python, but for types
+WITHOUT_TORCH = (
+    "cost",
+    "errors",
+    "placement",
+    "schedule",
+    "spec",
+    "timeline",
+    "timeline_svg",
+)  # pure Python, but for types
 OPTIONAL = {"accelerate", "cupy", "kernels", "matplotlib", "tqdm", "transformers"}
 
 

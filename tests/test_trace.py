@@ -49,8 +49,9 @@ def check_steps(timeline: Timeline, case: Case, one_sided: bool) -> None:
         events = timeline.of(rank).events
         assert [(e.what, e.step, e.stream) for e in events] == [(w, s.name, s.stream) for w, s in planned]
         assert [e.call for e in events] == [1 if e.what == "attention" else 2 for e in events]
-        for before, after in zip(events, events[1:], strict=False):
-            assert before.start <= before.end <= after.start
+        ends = {(e.what, e.step): e.end for e in events}
+        for e, (what, step) in zip(events, planned, strict=True):
+            assert e.start <= e.end and all(ends[what, name] <= e.start for name in step.after)
         for e in events:
             assert 0 <= e.exposed <= e.seconds
             assert (e.stream == "exchange") or e.exposed == e.sent == 0

@@ -268,9 +268,12 @@ class _Run:
         nothing = Message(*[(0,) * p.ranks] * 3)  # nobody sends blocks: rows are written where they belong
         with self.group.step("exchange_out"):
             hop = self.group.exchange.open([nothing, nothing], [self.out, self.user_lse], [None, None])
+        self._remember(
+            "exchange_out", self._watched("exchange_out", hop, hop.peers, share.q_heads / p.heads), [self.out]
+        )
         assert hop.peers is not None
         heads = slice(share.q_start, share.q_stop)
-        spans = [
+        return [
             Span(
                 start,
                 (
@@ -280,8 +283,6 @@ class _Run:
             )
             for start, n, o, lse in zip(_starts(p.lens), p.lens, *hop.peers, strict=True)
         ]
-        self._remember("exchange_out", hop, [self.out], [[x for x in s.views if x is not None] for s in spans])
-        return spans
 
     def _unpack(self) -> None:
         p = self.problem
@@ -352,7 +353,7 @@ class _Run:
     ) -> Hop:
         with self.group.step(name):
             hop = self.group.exchange.open(self._messages(direction, sections), receive, send or [None] * len(receive))
-        self._remember(name, hop, receive)
+        self._remember(name, self._watched(name, hop, hop.blocks), receive)
         return hop
 
     def send(
@@ -371,13 +372,12 @@ class _Run:
                 for block, mine in zip(blocks, torch.split(part, list(message.send)), strict=True):
                     block.copy_(mine)
 
-    def _remember(
-        self, name: str, hop: Hop, receive: list[Tensor], written: Sequence[Sequence[Tensor]] | None = None
-    ) -> None:
-        """`written`: per rank, what this one writes for it, where that is not the hop's blocks."""
-        if self.group.recorder is not None:
-            blocks = list(zip(*hop.blocks, strict=True)) if written is None else written
-            hop = self.group.recorder.hop(self.group, name, hop, blocks, self.device)
+    def _watched(self, name: str, hop: Hop, into: Sequence[Sequence[Tensor]] | None, part: float = 1.0) -> Hop:
+        """The hop, or inside `trace()` one that notes its times; this rank writes `part` of what `into` names."""
+        recorder = self.group.recorder
+        return hop if recorder is None else recorder.hop(self.group, name, 0, hop, into or (), part, self.device)
+
+    def _remember(self, name: str, hop: Hop, receive: list[Tensor]) -> None:
         self.hops[name], self.received[name] = hop, receive
 
     def _finish(self, name: str) -> None:

@@ -73,14 +73,16 @@ class Trace(Timeline):
         """Around a step that computes."""
         begin = _mark(device)
         yield
-        self._marks.append((_event(group, step.name, step.stream, step), device, (begin, _mark(device))))
+        self._marks.append((_event(group, step), device, (begin, _mark(device))))
 
     def hop(
-        self, group: UlyssesGroup, name: str, hop: Hop, written: Sequence[Sequence[Tensor]], device: torch.device
-    ) -> Hop:
-        """A hop that records itself. `written`: per rank, what this one writes for it."""
-        sent = sum(part.nbytes for rank, parts in enumerate(written) if rank != group.rank for part in parts)
-        return _TracedHop(self, hop, _event(group, name, "exchange")._replace(sent=sent), device)
+        self, group: UlyssesGroup, name: str, chunk: int, hop: Hop, into: Sequence[Sequence[Tensor]], part: float,
+        device: torch.device,
+    ) -> Hop:  # fmt: skip
+        """A hop that records itself. The rank writes `part` of `into`: per message, per rank, memory of that rank."""
+        others = (x.nbytes for ranks in into for rank, x in enumerate(ranks) if rank != group.rank)
+        event = _event(group, Step(name, "exchange"))._replace(chunk=chunk, sent=round(sum(others) * part))
+        return _TracedHop(self, hop, event, device)
 
     def gather(self, group: Groupish = None) -> Timeline:
         """The timeline of all ranks of a group, on every rank; collective, after the block."""
@@ -124,9 +126,10 @@ class _TracedHop:
         self._trace._marks.append((self._event, self._device, marks))
 
 
-def _event(group: UlyssesGroup, name: str, stream: str, step: Step | None = None) -> Event:
+def _event(group: UlyssesGroup, step: Step) -> Event:
     call, what = group.latest
-    return Event(group.rank, call, what, name, getattr(step, "chunk", 0), stream, 0.0, 0.0, group=_name(group))
+    chunk = getattr(step, "chunk", 0)
+    return Event(group.rank, call, what, step.name, chunk, step.stream, 0.0, 0.0, group=_name(group))
 
 
 def _name(group: UlyssesGroup) -> str:
