@@ -58,6 +58,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "machine",
         "packed",
         "shard",
+        "timeline_command",
         "trial",
         "trial_options",
         "truth",
