@@ -46,6 +46,7 @@ def problems(draw: st.DrawFn) -> Problem:
         grad=draw(st.booleans()),
         recompute=draw(st.booleans()),
         return_lse=draw(st.booleans()),
+        chunks=draw(st.integers(1, min(4, heads // ranks))),
     )
 
 
@@ -115,12 +116,13 @@ def test_an_exchange_waits_for_the_last_rank():
 
 @given(problems(), st.booleans())
 def test_it_walks_the_steps_of_the_schedule(p, one_sided):
-    planned = [*schedule.forward(one_sided), *(schedule.backward(p.recompute) if p.grad else ())]
+    planned = list(schedule.forward(one_sided, p.chunks))
+    planned += schedule.backward(p.recompute, p.chunks) if p.grad else ()
     t = timeline(p, UNIT, one_sided=one_sided)
     for rank in range(p.ranks):
         for stream in ("compute", "exchange"):
-            events = [e.step for e in t.of(rank).events if e.stream == stream]
-            assert events == [s.name for s in planned if s.stream == stream]
+            events = [(e.step, e.chunk) for e in t.of(rank).events if e.stream == stream]
+            assert events == [s.which for s in planned if s.stream == stream]
 
 
 @given(problems(), machines, st.booleans())
@@ -166,6 +168,23 @@ def test_more_than_one_chunk_only_where_it_pays():
     assert best_chunks(problem(), h100) == 1
     alone = replace(LONG, lens=(65536,), kv_lens=(65536,))
     assert best_chunks(alone, h100) == 1
+
+
+def test_chunks_hide_exchanges():
+    """Many heads over a network: the first and the last chunk's exchanges are what cannot hide."""
+    network = replace(MACHINES["h100-network"], latency=0.0, launch=0.0)
+    found = [exposed(replace(LONG, chunks=n), network) for n in (1, 2, 4, 8)]
+    assert found[0] == pytest.approx(timeline(LONG, network).exchanging())
+    assert all(after < before for before, after in zip(found, found[1:], strict=False))
+    assert best_chunks(LONG, MACHINES["h100-network"]) > 1
+
+
+def test_all_chunks_together_send_what_one_does():
+    """Without delta, of which every chunk's row has its own padding."""
+    plain = replace(LONG, attention="aten")
+    for one_sided in (False, True):
+        sent = [timeline(replace(plain, chunks=n), UNIT, one_sided=one_sided).sent() for n in (1, 2, 8)]
+        assert len(set(sent)) == 1
 
 
 def test_machines_are_plausible():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -13,45 +14,48 @@ import pytest
 from layer import Case, run
 
 from ulysses_triton import OptionError, UlyssesGroup, run_virtual, schedule, trace, tracing
-from ulysses_triton.timeline import Event, Timeline, rows
+from ulysses_triton.timeline import STREAMS, Event, Timeline, rows
 from ulysses_triton.timeline_svg import KINDS, picture, tick
 
 ITEM = {"fp32": 4, "bf16": 2, "fp64": 8}
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def on_virtual_ranks(case: Case) -> Timeline:
+def on_virtual_ranks(case: Case, chunks: int | str = "auto") -> Timeline:
     with trace() as t:
-        run_virtual(case.ranks, lambda group: run(case, group.rank, group))
+        run_virtual(case.ranks, lambda group: run(case, group.rank, group), chunks=chunks)
     return t
 
 
-def on_a_process(ctx: Any, case: Case) -> tuple[tuple[Event, ...], tuple[Event, ...]]:
+def on_a_process(ctx: Any, case: Case, chunks: int | str = "auto") -> tuple[tuple[Event, ...], tuple[Event, ...]]:
     """What this rank recorded, and what all did."""
-    with UlyssesGroup(ctx.group) as group:
+    with UlyssesGroup(ctx.group, chunks=chunks) as group:
         with trace() as t:
             run(case, ctx.rank, group)
         return t.events, t.gather(group).events
 
 
-def steps_of(case: Case, one_sided: bool) -> list[tuple[str, schedule.Step]]:
+def steps_of(case: Case, one_sided: bool, chunks: int) -> list[tuple[str, schedule.Step]]:
     both = {
-        "attention": schedule.forward(one_sided),
-        "attention backward": schedule.backward(case.recompute is not None),
+        "attention": schedule.forward(one_sided, chunks),
+        "attention backward": schedule.backward(case.recompute is not None, chunks),
     }
     return [(what, step) for what, steps in both.items() for step in steps]
 
 
-def check_steps(timeline: Timeline, case: Case, one_sided: bool) -> None:
+def check_steps(timeline: Timeline, case: Case, one_sided: bool, chunks: int = 1) -> None:
     assert timeline.ranks == list(range(case.ranks))
-    planned = steps_of(case, one_sided)
+    planned = steps_of(case, one_sided, chunks)
     for rank in timeline.ranks:
         events = timeline.of(rank).events
-        assert [(e.what, e.step, e.stream) for e in events] == [(w, s.name, s.stream) for w, s in planned]
+        for stream in STREAMS:
+            found = [(e.what, e.step, e.chunk) for e in events if e.stream == stream]
+            assert found == [(what, *step.which) for what, step in planned if step.stream == stream]
         assert [e.call for e in events] == [1 if e.what == "attention" else 2 for e in events]
-        ends = {(e.what, e.step): e.end for e in events}
-        for e, (what, step) in zip(events, planned, strict=True):
-            assert e.start <= e.end and all(ends[what, name] <= e.start for name in step.after)
+        times = {(e.what, e.step, e.chunk): e for e in events}
+        for what, step in planned:
+            start = times[what, *step.which].start
+            assert all(times[what, *which].end <= start for which in step.after)
         for e in events:
             assert 0 <= e.exposed <= e.seconds
             assert (e.stream == "exchange") or e.exposed == e.sent == 0
@@ -64,6 +68,27 @@ PLAIN = Case((6, 6), heads=4, kv_heads=4, recompute="exchange")
 def test_all_steps_of_virtual_ranks(recompute):
     case = replace(PLAIN, recompute=recompute, lens=(5, 5, 5, 5))
     check_steps(on_virtual_ranks(case), case, one_sided=True)
+
+
+@pytest.mark.parametrize("chunks", [2, 3])
+@pytest.mark.parametrize("recompute", [None, "exchange"])
+def test_all_steps_of_all_chunks(pool, chunks, recompute):
+    """With the bytes of one chunk: rows of 16 channels need no padding here; one-sided, no row has any."""
+    case = Case((6, 4), heads=12, kv_heads=6, recompute=recompute)
+    whole, virtual = on_virtual_ranks(case), on_virtual_ranks(case, chunks)
+    check_steps(virtual, case, True, chunks)
+    processes = Timeline(pool.run(2, on_a_process, case, chunks)[0][1])
+    check_steps(processes, case, False, chunks)
+    assert sent_by_step(virtual)["exchange_out"] == sent_by_step(whole)["exchange_out"]
+    for name in ("exchange_in", "exchange_grad_out"):
+        assert sent_by_step(virtual)[name] == sent_by_step(processes)[name] == sent_by_step(whole)[name]
+
+
+def sent_by_step(timeline: Timeline) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for e in timeline.events:
+        found[e.step] += e.sent
+    return found
 
 
 def test_all_steps_of_processes_on_one_clock(pool):

@@ -12,12 +12,12 @@ What documents, masks and blocks leave out is not known on the host, so attentio
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
 
 from . import schedule
-from .placement import Message, Placement, Section, inbound, outbound, place
+from .placement import Message, Section, inbound, outbound, place
+from .schedule import Step, Which
 from .spec import Problem
 from .timeline import STREAMS, Event, Timeline
 
@@ -94,7 +94,7 @@ def best_chunks(problem: Problem, machine: Machine, *, one_sided: bool = False) 
     if problem.device == "cpu":
         return 1
     counts = range(1, min(MAX_CHUNKS, problem.heads // problem.ranks) + 1)
-    return min(counts, key=lambda n: timeline(_in_chunks(problem, n), machine, one_sided=one_sided).seconds())
+    return min(counts, key=lambda n: timeline(replace(problem, chunks=n), machine, one_sided=one_sided).seconds())
 
 
 def pairs(queries: int, keys: int, left: int, right: int) -> int:
@@ -116,29 +116,10 @@ def pairs(queries: int, keys: int, left: int, right: int) -> int:
     return upper - (0 if left < 0 else below(-left))
 
 
-# -- what is read of the schedule and the placement
-
-Which = tuple[str, int]
-
-
-class _Planned(NamedTuple):
-    name: str
-    stream: str
-    chunk: int
-    after: tuple[Which, ...]
-
-
-def _in_chunks(problem: Problem, chunks: int) -> Problem:
-    return problem
-
-
-def _steps(problem: Problem, one_sided: bool, *, backward: bool) -> list[_Planned]:
-    steps = schedule.backward(problem.recompute) if backward else schedule.forward(one_sided)
-    return [_Planned(step.name, step.stream, 0, tuple((name, 0) for name in step.after)) for step in steps]
-
-
-def _chunks(problem: Problem) -> Sequence[Placement]:
-    return (place(problem),)
+def _steps(problem: Problem, one_sided: bool, *, backward: bool) -> Sequence[Step]:
+    if backward:
+        return schedule.backward(problem.recompute, problem.chunks)
+    return schedule.forward(one_sided, problem.chunks)
 
 
 # -- the cost of a step
@@ -159,10 +140,10 @@ class _Costs:
 
     def __init__(self, problem: Problem, machine: Machine, one_sided: bool) -> None:
         self.problem, self.machine, self.one_sided = problem, machine, one_sided
-        self.chunks = _chunks(problem)
+        self.chunks = place(problem).chunks
         self.scores = pairs(problem.seq, problem.kv_seq, *problem.bounds) * problem.batch
 
-    def seconds(self, step: _Planned, rank: int) -> float:
+    def seconds(self, step: Step, rank: int) -> float:
         """On a rank; of an exchange, from when all ranks have come to it."""
         p, m = self.problem, self.machine
         if step.stream == "exchange":
@@ -178,7 +159,7 @@ class _Costs:
             return 2 * m.launch + max(storing, products / m.backward)
         return m.launch + max(storing, self._copied(step, rank) / m.copy)
 
-    def sent(self, step: _Planned, rank: int) -> int:
+    def sent(self, step: Step, rank: int) -> int:
         """Bytes that a rank sends in an exchange; a one-sided way out is one for all chunks."""
         all_at_once = self.one_sided and step.name == "exchange_out"
         chunks = range(len(self.chunks)) if all_at_once else [step.chunk]
@@ -208,12 +189,12 @@ class _Costs:
         sections: tuple[Section, ...] = getattr(self.chunks[chunk], what)
         return [direction(section, self.problem.batch, rank) for section in sections]
 
-    def _products(self, step: _Planned, rank: int, dims: int) -> float:
+    def _products(self, step: Step, rank: int, dims: int) -> float:
         """FLOP of products over `dims` channels of the chunk's heads, as many as if they were of 2 bytes."""
         share = self.chunks[step.chunk].shares[rank]
         return 2.0 * self.scores * share.q_heads * dims * self.problem.item_size / 2
 
-    def _copied(self, step: _Planned, rank: int) -> int:
+    def _copied(self, step: Step, rank: int) -> int:
         """Bytes read and written by a step that moves rows; pack_grad reads O, too, for its delta."""
         if step.name in _WRITES:
             rows = sum(sum(m.send) for m in self._messages(_WRITES[step.name], step.chunk, rank))
@@ -225,7 +206,7 @@ class _Costs:
         return passes * rows * self.problem.item_size
 
 
-def _walk(steps: Sequence[_Planned], costs: _Costs, blank: Event, ranks: int) -> list[Event]:
+def _walk(steps: Sequence[Step], costs: _Costs, blank: Event, ranks: int) -> list[Event]:
     """The events of one call on all ranks, which begin it together."""
     free = {stream: [blank.start] * ranks for stream in STREAMS}
     ends: dict[Which, list[float]] = {}
@@ -235,7 +216,7 @@ def _walk(steps: Sequence[_Planned], costs: _Costs, blank: Event, ranks: int) ->
         starts = [max(free[step.stream][r], *(end[r] for end in awaited), blank.start) for r in range(ranks)]
         level = [max(starts)] * ranks if step.stream == "exchange" else starts
         now = [at + costs.seconds(step, r) for r, at in enumerate(level)]
-        free[step.stream] = ends[step.name, step.chunk] = now
+        free[step.stream] = ends[step.which] = now
         for rank in range(ranks):
             sent = costs.sent(step, rank) if step.stream == "exchange" else 0
             events.append(

@@ -14,6 +14,7 @@ from .case import DTYPES, Case, Layer, draw
 from .errors import OptionError
 from .group import UlyssesGroup, run_virtual
 from .local import choose
+from .placement import chunk_count
 from .timeline import Timeline
 from .timeline_svg import draw as draw_svg
 from .tracing import trace
@@ -56,6 +57,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--backward", action="store_true", help="forward and backward (default: forward)")
     parser.add_argument("--one-sided", action="store_true", help="predict for ranks that write to each other's memory; "
                         "with --trace it is as the exchange is")  # fmt: skip
+    number("--chunks", "chunks that a rank's heads go in, 0 for the best prediction", 1)
     parser.add_argument("--machine", choices=["cpu", *cost.MACHINES], help="what to predict for (default: h100, or cpu "
                         "with --trace on a CPU)")  # fmt: skip
     parser.add_argument("--trace", action="store_true", help="run the layer here, too")
@@ -81,16 +83,18 @@ def command(arguments: argparse.Namespace) -> int:
     case.check("cpu" if on_cpu else "cuda")
     machine = cost.cpu(min(1.0, (os.cpu_count() or 1) / ranks)) if on_cpu else cost.MACHINES["h100"]
     machine = cost.MACHINES.get(arguments.machine, machine)
-    one_sided, traced = arguments.one_sided, None
-    if arguments.trace:
-        one_sided, traced = _traced(case, arguments.backward, under_torchrun)
     problem = case.problem("cpu" if on_cpu else "cuda")
     problem = replace(problem, attention=choose(problem).name, grad=arguments.backward)
+    chunks = arguments.chunks or cost.best_chunks(problem, machine, one_sided=arguments.one_sided)
+    problem = replace(problem, chunks=chunk_count(problem, chunks))
+    one_sided, traced = arguments.one_sided, None
+    if arguments.trace:
+        one_sided, traced = _traced(case, chunks, arguments.backward, under_torchrun)
     timelines = {f"predicted for {machine.name}": cost.timeline(problem, machine, one_sided=one_sided)}
     if traced is not None:
         timelines[f"traced on {case.ranks} {'ranks' if under_torchrun else 'virtual ranks'}"] = traced
     if os.environ.get("RANK", "0") == "0":
-        print(f"{case}\n\n{_table(timelines)}", flush=True)
+        print(f"{case}; chunks: {problem.chunks}\n\n{_table(timelines)}", flush=True)
         if arguments.json:
             list(timelines.values())[-1].write(arguments.json)
         if arguments.svg:
@@ -98,7 +102,7 @@ def command(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _traced(case: Case, backward: bool, under_torchrun: bool) -> tuple[bool, Timeline]:
+def _traced(case: Case, chunks: int, backward: bool, under_torchrun: bool) -> tuple[bool, Timeline]:
     """Whether the exchange is one-sided, and the events of the last layer that ran."""
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
     inputs = draw(case, torch.device(device))
@@ -115,14 +119,14 @@ def _traced(case: Case, backward: bool, under_torchrun: bool) -> tuple[bool, Tim
         if torch.cuda.is_available():
             torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        with UlyssesGroup() as group:
+        with UlyssesGroup(chunks=chunks) as group:
             with trace() as t:
                 one_sided = work(group)
             whole = t.gather(group)
         dist.destroy_process_group()
     else:
         with trace() as t:
-            one_sided = run_virtual(case.ranks, work)[0]
+            one_sided = run_virtual(case.ranks, work, chunks=chunks)[0]
         whole = t
     first = max(e.call for e in whole.events) - backward
     return one_sided, Timeline(e for e in whole.events if e.call >= first)

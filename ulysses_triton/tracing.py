@@ -81,7 +81,7 @@ class Trace(Timeline):
     ) -> Hop:  # fmt: skip
         """A hop that records itself. The rank writes `part` of `into`: per message, per rank, memory of that rank."""
         others = (x.nbytes for ranks in into for rank, x in enumerate(ranks) if rank != group.rank)
-        event = _event(group, Step(name, "exchange"))._replace(chunk=chunk, sent=round(sum(others) * part))
+        event = _event(group, Step(name, "exchange", chunk))._replace(sent=round(sum(others) * part))
         return _TracedHop(self, hop, event, device)
 
     def gather(self, group: Groupish = None) -> Timeline:
@@ -128,8 +128,7 @@ class _TracedHop:
 
 def _event(group: UlyssesGroup, step: Step) -> Event:
     call, what = group.latest
-    chunk = getattr(step, "chunk", 0)
-    return Event(group.rank, call, what, step.name, chunk, step.stream, 0.0, 0.0, group=_name(group))
+    return Event(group.rank, call, what, step.name, step.chunk, step.stream, 0.0, 0.0, group=_name(group))
 
 
 def _name(group: UlyssesGroup) -> str:
