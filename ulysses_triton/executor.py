@@ -164,14 +164,18 @@ class _Run:
             "attend_backward": self._attend_backward,
             "unpack_grad": lambda _: self._unpack_grad(),
         }
+        recorder = self.group.recorder
         for step in steps:
             for awaited in step.after:
                 if awaited in self.hops:
                     self._finish(*awaited)
             if step.stream == "exchange":
                 self._start(*step.which)
-            else:
+            elif recorder is None:
                 actions[step.name](step.chunk)
+            else:
+                with recorder.step(self.group, step, self.device):
+                    actions[step.name](step.chunk)
         for under_way in list(self.hops):
             self._finish(*under_way)
 
@@ -210,7 +214,9 @@ class _Run:
             results = self._new_results()
             nothing = Message(*[(0,) * p.ranks] * 3)  # nobody sends blocks: rows are written where they belong
             with self.group.step("exchange_out"):
-                self.hops["exchange_out", 0] = self.group.exchange.open([nothing] * 2, results, [None] * 2)
+                hop = self.group.exchange.open([nothing] * 2, results, [None] * 2)
+            written = self.placement.shares[self.rank].q_heads / p.heads
+            self.hops["exchange_out", 0] = self._watched("exchange_out", 0, hop, hop.peers, written)
         peers = self.hops["exchange_out", 0].peers
         assert peers is not None
         heads = slice(share.q_start, share.q_stop)
@@ -321,8 +327,13 @@ class _Run:
     ) -> Hop:
         with self._step(name, c):
             hop = self.group.exchange.open(self._messages(direction, sections), receive, send or [None] * len(receive))
-        self.hops[name, c], self.received[name, c] = hop, receive
+        self.hops[name, c], self.received[name, c] = self._watched(name, c, hop, hop.blocks), receive
         return hop
+
+    def _watched(self, name: str, c: int, hop: Hop, into: Sequence[Sequence[Tensor]] | None, part: float = 1) -> Hop:
+        """The hop, or inside `trace()` one that notes its times; this rank writes `part` of what `into` names."""
+        recorder = self.group.recorder
+        return hop if recorder is None else recorder.hop(self.group, name, c, hop, into or (), part, self.device)
 
     def send(
         self,

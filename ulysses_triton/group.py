@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NoReturn, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,9 @@ from .exchange.virtual import VirtualMember, VirtualWorld
 from .local import Local
 from .memo import Memo
 from .placement import Placement
+
+if TYPE_CHECKING:
+    from .tracing import Trace
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 _RECORD = struct.Struct("<q?q8s")  # call number, refused, seed, hash of the signature
@@ -58,6 +61,8 @@ class UlyssesGroup:
     Raises GroupError for a group this rank is not in, OptionError for an unknown option. Making one is collective:
     every rank of `group` does. A context manager; `close` gives everything back.
     """
+
+    recorder: ClassVar[Trace | None] = None  # of all groups of this process, inside `trace()`
 
     def __init__(
         self,
@@ -96,6 +101,7 @@ class UlyssesGroup:
         self.default = group is None
         self._check_all = check == "always"
         self._calls = 0
+        self.latest = 0, ""  # the latest call: its number, and what it is
         self._doing = "between calls"
         self._broken: str | None = None
         self._closed = False
@@ -167,6 +173,7 @@ class UlyssesGroup:
         """
         self._require_usable()
         self._calls += 1
+        self.latest = self._calls, what
         self._doing = f"call {self._calls} ({what})"
         return self._compare(f"call={what}; {signature}", seed) if self.size > 1 else seed
 
