@@ -28,7 +28,6 @@ from .store import LastWords, share
 from .unix_socket import Listener, Mesh, connect
 
 _GATHER, _ANNOUNCE, _ARRIVE = b"G", b"A", b"R"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8)
 _NAMESPACES = ("mnt", "pid", "user")  # in which an address, a process and a user mean the same
 
 
@@ -56,10 +55,10 @@ class Shm(LastWords):
     # -- transport
 
     def announce(self, buffers: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-        """As the protocol's; every buffer that is not empty comes from `pool`.
+        """As the protocol's. All ranks offer as many, of the same dtypes; those that are not empty come from `pool`.
 
-        A frame is int64 numbers: how many segments are new and how many are gone, those, and then for every buffer
-        its segment, first byte, elements and dtype.
+        A frame is int64 numbers: how many segments are new and how many are gone; number and size of those, numbers of
+        these; and for every buffer its segment, first byte there and elements.
         """
         places, new = [], []
         for buffer in buffers:
@@ -69,7 +68,7 @@ class Shm(LastWords):
                 number = segment.number
                 if segment.descriptor is not None and segment not in new:
                     new.append(segment)
-            places += [number, start, buffer.numel(), _DTYPES.index(buffer.dtype)]
+            places += [number, start, buffer.numel()]
         gone, self.pool.released = self.pool.released, []
         numbers = [len(new), len(gone), *(n for s in new for n in (s.number, s.size)), *gone, *places]
         files = [s.descriptor for s in new if s.descriptor is not None]
@@ -77,9 +76,12 @@ class Shm(LastWords):
         for segment in new:
             segment.close()
         frames = self._mesh.receive(_ANNOUNCE)
-        return [buffers if rank == self.rank else self._offered(rank, frames[rank]) for rank in range(self.size)]
+        dtypes = [buffer.dtype for buffer in buffers]
+        return [
+            buffers if rank == self.rank else self._offered(rank, frames[rank], dtypes) for rank in range(self.size)
+        ]
 
-    def _offered(self, rank: int, frame: bytes) -> list[Tensor]:
+    def _offered(self, rank: int, frame: bytes, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
         """The buffers of a peer's announcement."""
         numbers = iter(struct.unpack(f"<{len(frame) // 8}q", frame))
         new, gone = next(numbers), next(numbers)
@@ -93,10 +95,10 @@ class Shm(LastWords):
         for _ in range(gone):
             del self._mapped[rank, next(numbers)]  # unmapped once no tensor of an earlier hop is left
         return [
-            torch.frombuffer(self._mapped[rank, number], dtype=_DTYPES[code], count=count, offset=start)
+            torch.frombuffer(self._mapped[rank, number], dtype=dtype, count=count, offset=start)
             if count
-            else torch.empty(0, dtype=_DTYPES[code])
-            for number, start, count, code in zip(numbers, numbers, numbers, numbers, strict=True)
+            else torch.empty(0, dtype=dtype)
+            for dtype, number, start, count in zip(dtypes, numbers, numbers, numbers, strict=True)
         ]
 
     def arrive(self, epoch: int) -> None:
