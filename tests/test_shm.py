@@ -57,7 +57,7 @@ def failing(error):
 
 OBSTACLES = {
     "another host": (shm, "_host", lambda: "elsewhere", "ranks [1] are on another host than rank 0"),
-    "no /proc": (shm, "_host", failing(FileNotFoundError(2, "no boot_id here")), "boot_id"),
+    "no /proc": (shm, "_host", failing(FileNotFoundError(2, "no boot_id here")), "no boot_id here"),
     "no socket": (shm, "Listener", failing(PermissionError(13, "read-only file system")), "read-only file system"),
     "no connection": (shm, "connect", failing(FileNotFoundError(2, "not in this container")), "this container"),
     "a stranger": (unix_socket, "_credentials", lambda _: (1, 0), "process 1 of user 0"),
