@@ -97,7 +97,7 @@ class Shm(LastWords):
         return [
             torch.frombuffer(self._mapped[rank, number], dtype=dtype, count=count, offset=start)
             if count
-            else torch.empty(0, dtype=dtype)
+            else torch.empty(0, dtype=dtype, device="cpu")
             for dtype, number, start, count in zip(dtypes, numbers, numbers, numbers, strict=True)
         ]
 
