@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fake_nccl
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ def message(rank: int, sizes: list[list[int]]) -> Message:
     )
 
 
+EXCHANGES = ["nccl", "torch", "virtual"]  # nccl: its own code over a fake of NCCL and of CUDA's streams
 UNEVEN = [[3, 0, 5], [1, 1, 1], [0, 4, 2]]
 NOTHING = [[0] * 3] * 3
 LARGE = [[50_000, 20_000, 1] for _ in range(3)]
@@ -59,11 +61,13 @@ def several_hops_on_a_process(ctx, dtype):
 
 
 def on_exchange(name, pool, work, on_process, *arguments):
+    if name == "nccl":
+        return fake_nccl.run(3, lambda g: work(g, *arguments))
     return run_virtual(3, lambda g: work(g, *arguments)) if name == "virtual" else pool.run(3, on_process, *arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("name", ["torch", "virtual"])
+@pytest.mark.parametrize("name", EXCHANGES)
 def test_blocks_arrive_bit_for_bit(pool, name, dtype):
     assert on_exchange(name, pool, several_hops, several_hops_on_a_process, dtype) == [[]] * 3
 
@@ -90,7 +94,7 @@ def own_send_buffer_on_a_process(ctx):
         return own_send_buffer(group)
 
 
-@pytest.mark.parametrize("name", ["torch", "virtual"])
+@pytest.mark.parametrize("name", EXCHANGES)
 def test_an_own_send_buffer_travels(pool, name):
     assert all(on_exchange(name, pool, own_send_buffer, own_send_buffer_on_a_process))
 

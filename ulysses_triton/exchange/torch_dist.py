@@ -7,7 +7,7 @@ connections of their own over the same ranks, so that they never wait behind dat
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 
@@ -90,11 +90,19 @@ class GlooControl:
         self._gloo: dist.ProcessGroupGloo | None = dist.ProcessGroupGloo(self._store, self.rank, self.size, timeout)
 
     def gather(self, payload: bytes) -> list[bytes]:
+        return self.begin_gather(payload)()
+
+    def begin_gather(self, payload: bytes) -> Callable[[], list[bytes]]:
         mine = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
         every = [torch.empty_like(mine) for _ in range(self.size)]
         assert self._gloo is not None, "closed"
-        self._gloo.allgather([every], [mine]).wait()  # type: ignore[attr-defined]
-        return [part.numpy().tobytes() for part in every]
+        work = self._gloo.allgather([every], [mine])  # type: ignore[attr-defined]
+
+        def finish() -> list[bytes]:
+            work.wait()
+            return [part.numpy().tobytes() for part in every]
+
+        return finish
 
     def tell(self, text: str) -> None:
         with suppress(RuntimeError):  # the store's host may be gone with the rank that died
