@@ -78,6 +78,7 @@ class FakeNccl:
         self.code = code
         self.changed = threading.Condition(threading.RLock())
         self.streams: dict[int, FakeStream] = {}
+        self.worlds: dict[bytes, dict[int, NcclCommunicator]] = defaultdict(dict)  # by unique id, by rank
         self.living: set[NcclCommunicator] = set()
         self.log: list[str] = []  # what became of communicators
         self.mismatch: str | None = None
@@ -129,23 +130,21 @@ class FakeNccl:
 
 
 class NcclCommunicator:
-    """One rank's end. `error` is what `check_async_error` raises, `slow` how long `abort` takes."""
+    """One rank's end. `error` is what `check_async_error` raises."""
 
     def __init__(self, nccl: FakeNccl, size: int, unique_id: bytes, rank: int) -> None:
         assert len(unique_id) == 128
-        self.nccl, self.size, self.rank, self.key = nccl, size, rank, unique_id
+        self.nccl, self.rank = nccl, rank
         self.state = "open"
         self.error: str | None = None
         self.waiting: dict[tuple[str, int], deque[tuple[Group, int, int, int]]] = defaultdict(deque)
         with nccl.changed:
             nccl.living.add(self)
+            self.peers = nccl.worlds[unique_id]
+            self.peers[rank] = self
             nccl.changed.notify_all()
-            while len(self.ranks()) < size:
-                nccl.wait(lambda: len(self.ranks()) == size)
-            self.peers = {c.rank: c for c in self.ranks()}
-
-    def ranks(self) -> list[NcclCommunicator]:
-        return [c for c in self.nccl.living if c.key == self.key]
+            while len(self.peers) < size:
+                nccl.wait(lambda: len(self.peers) == size)
 
     def send(self, pointer: int, count: int, kind: int, peer: int, stream: int) -> None:
         self.nccl.call(self, stream, "send", pointer, count, kind, peer)

@@ -105,6 +105,13 @@ def gathers(group):
         found = group.control.gather(bytes([group.rank, number]))
         if found != [bytes([rank, number]) for rank in range(group.size)]:
             return found
+    first, second = (group.control.begin_gather(bytes([group.rank, number])) for number in (7, 8))
+    between = group.control.gather(bytes([group.rank]))
+    if between != [bytes([rank]) for rank in range(group.size)]:
+        return between
+    for take, number in ((first, 7), (second, 8)):
+        if take() != [bytes([rank, number]) for rank in range(group.size)]:
+            return number
     group.control.tell(f"word of {group.rank}")
     return group.control.hear(5.0) == {rank: f"word of {rank}" for rank in range(group.size)}
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 _LOOKS = 20  # in a deadline, at least
 _SECONDS = 0.1  # between two looks, at most
+_SOON = 0.002  # where somebody waits
 
 
 class Watchdog:
@@ -56,7 +57,9 @@ class Watchdog:
     def drain(self) -> None:
         """Wait until no hop is under way: all completed, or the watchdog gave up and ends what is."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._hops or self.reason is not None)
+            while self._hops and self.reason is None:
+                self._progress()
+                self._changed.wait(_SOON)
 
     def close(self) -> None:
         """Stop watching. Idempotent."""
