@@ -278,12 +278,52 @@ def test_an_abort_that_does_not_come_back_holds_nobody_up():
                 group.check()
             with pytest.raises(ExchangeError, match="cannot be used"):
                 group.check()
+            link = weakref.ref(group.exchange._link)
             group.close()
             assert time.monotonic() - started < 3
+            del hop
+            gc.collect()
+            assert len(link().flight) == 1  # until the abort is through, and for good if it never is
             release.set()
-            return settled(lambda: communicator.state == "abort")
+            return settled(lambda: communicator.state == "abort" and gc.collect() >= 0 and link() is None)
 
-    fake_nccl.run(3, work, timeout=0.5)
+    assert fake_nccl.run(3, work, timeout=0.5)[1:] == [True, True]
+
+
+def test_a_communicator_that_is_not_destroyed_in_time_is_an_error():
+    """NCCL waits for CUDA graphs that captured it."""
+
+    def work(group):
+        hop, _ = opened(group)
+        hop.start()
+        hop.finish()
+        communicator = group.exchange._link._communicator
+        real = communicator.destroy
+        communicator.destroy = lambda: (time.sleep(1.5), real())
+        with pytest.raises(ExchangeError, match="did not destroy its communicator within 1 s.*CUDA graph"):
+            group.close()
+        return settled(lambda: communicator.state == "destroy")
+
+    assert fake_nccl.run(3, work, timeout=1.0) == [True] * 3
+
+
+def test_groups_end_where_no_thread_can_be_started(monkeypatch):
+    """As at the exit of Python 3.12."""
+
+    def work(group):
+        hop, _ = opened(group)
+        hop.start()
+        hop.finish()
+        group.control.gather(b" ")
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        group.close()
+
+    def refuse(thread):
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    nccl = FakeNccl()
+    fake_nccl.run(3, work, nccl)
+    assert sorted(nccl.log) == [f"rank {rank}: destroy" for rank in range(3)]
 
 
 def test_ranks_that_do_not_connect_are_an_error_at_the_deadline():

@@ -167,16 +167,21 @@ class _Link:
             self._failure = why
         self._status[0] = 1  # before the streams go on
         self._watchdog.close()
-        with suppress(RuntimeError):  # if it does not come back, buffers in flight are never used again
-            _within(self._timeout, self._communicator.abort, "abort")
-            self.flight.clear()
+        with suppress(RuntimeError):
+            _within(self._timeout, lambda: self._leave(self._communicator.abort), "abort")
 
     def close(self) -> None:
         if self.failure() is None:
             self._watchdog.drain()
         if self.failure() is None:
-            _within(self._timeout, self._communicator.destroy, "end")
+            try:
+                _within(self._timeout, lambda: self._leave(self._communicator.destroy), "destroy its communicator")
+            except RuntimeError as error:
+                self._failure = f"{self._where()}: {error}: is a CUDA graph alive that captured it?"
         self._watchdog.close()
+
+    def _leave(self, how: Callable[[], None]) -> None:
+        how()  # where it does not come back, this thread keeps the buffers in flight for good
         self.flight.clear()
 
     def _trouble(self) -> str | None:
@@ -291,7 +296,10 @@ def _within(seconds: float, function: Callable[[], Any], what: str) -> Any:
             failed.append(error)
 
     thread = threading.Thread(target=work, name=f"ulysses-triton nccl {what}", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # Python 3.12 starts no threads at exit
+        return function()
     thread.join(seconds)
     if failed:
         raise failed[0]
