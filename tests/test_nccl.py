@@ -187,17 +187,18 @@ def test_what_does_not_arrive_is_nan_and_the_next_call_raises(how):
                 hop.start()
                 hop.finish()
         group.control.gather(b" ")
+        communicator = group.exchange._link._communicator
         if group.rank == 2:
             return settled(lambda: len(nccl.log) == 2)
         started = time.monotonic()
         with group.step("exchange_out"):
             hop, receive = opened(group)
-            if how == "error":
-                group.exchange._link._communicator.error = "remote process exited"
             hop.start()
+            if how == "error":
+                threading.Timer(0.5, lambda: setattr(communicator, "error", "remote process exited")).start()
             hop.finish()  # where a GPU's stream goes on after the abort
         took = time.monotonic() - started
-        assert receive.isnan().all()
+        assert receive.isnan().all() and settled(lambda: len(nccl.log) == 2)
         reason = "not complete after 1 s" if how == "late" else "remote process exited"
         said = rf"exchange_out \(NCCL hop 3, with ranks {[r for r in (0, 1, 2) if r != group.rank]}\): {reason}"
         said = said.replace("[", r"\[").replace("]", r"\]")
@@ -205,10 +206,10 @@ def test_what_does_not_arrive_is_nan_and_the_next_call_raises(how):
             group.check()
         with pytest.raises(ExchangeError, match="cannot be used any more"):
             group.agree("call", "")
-        return took < (2.5 if how == "late" else 0.9)
+        return took < 4.0
 
     nccl = FakeNccl()
-    assert fake_nccl.run(3, work, nccl, timeout=1.0) == [True] * 3
+    assert fake_nccl.run(3, work, nccl, timeout=1.0 if how == "late" else 20.0) == [True] * 3
     assert sorted(nccl.log) == ["rank 0: abort", "rank 1: abort", "rank 2: destroy"]
     assert no_threads()
 
@@ -365,6 +366,26 @@ def test_a_hundred_groups_leave_nothing_behind():
     nccl.worlds.clear()
     gc.collect()
     assert threading.active_count() == before and not nccl.living and not any(ref() for ref in alive)
+
+
+def test_what_a_peer_left_as_its_last_word_ends_the_wait():
+    """Rank 2 fails on its own: the others do not wait for the deadline."""
+
+    def work(group):
+        hop, receive = opened(group)
+        if group.rank == 2:
+            with pytest.raises(ZeroDivisionError), group.call():
+                raise ZeroDivisionError
+            return True
+        started = time.monotonic()
+        hop.start()
+        hop.finish()
+        assert receive.isnan().all()
+        with pytest.raises(ExchangeError, match="rank 2 ended in between calls failed with ZeroDivisionError"):
+            group.check()
+        return time.monotonic() - started < 8
+
+    assert fake_nccl.run(3, work, timeout=30.0) == [True] * 3
 
 
 # -- the fake itself

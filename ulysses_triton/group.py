@@ -146,8 +146,8 @@ class UlyssesGroup:
 
         ExchangeError, GroupError, or ShapeError where ranks compare their calls late and the last ones differ.
         """
-        self._require_usable()
         self._settle()
+        self._require_usable()
         words = self.control.hear(0.0)
         if words:
             raise self._fail(RuntimeError("a peer failed"))
@@ -182,8 +182,8 @@ class UlyssesGroup:
         that peer's error. `device`: that of the rows, where the exchange may let a call go ahead that all ranks made
         before: if it is not the same this time, the next call, `check` or `close` raises, and the group has ended.
         """
-        self._require_usable()
         self._settle()
+        self._require_usable()
         self._calls += 1
         self._doing = f"call {self._calls} ({what})"
         if self.size == 1:

@@ -9,10 +9,10 @@ uses their memory again comes behind the hop on the caller's stream. (`record_st
 back later, at times that differ from run to run, and not before the end of a capture.) A hop that is never finished is
 held until its communicator is gone.
 
-Nobody on the host waits, so a watchdog looks after what is under way. At the deadline, or when NCCL reports an error,
-it sets the flag that `kernels.poison` reads at the end of every hop, so that its rows become NaN, and aborts the
-communicator, which lets the streams go on; the group then raises at the next call. Replays of a captured graph have no
-host code, so none of this looks after them.
+Nobody on the host waits, so a watchdog looks after what is under way. At the deadline, when NCCL reports an error or
+when a peer left a last word, it sets the flag that `kernels.poison` reads at the end of every hop, so that its rows
+become NaN, and aborts the communicator, which lets the streams go on; the group then raises at the next call. Replays
+of a captured graph have no host code, so none of this looks after them.
 
 All ranks start their hops in one order. Communicators of others in the same process, such as FSDP's, go on beside it.
 """
@@ -109,8 +109,16 @@ class NcclHop:
 class _Link:
     """One communicator and its stream: made by the first hop of a group, gone with the group."""
 
-    def __init__(self, nccl: Any, communicator: Any, stream: Stream, timeout: float, where: Callable[[], str]) -> None:
-        self._nccl, self._communicator, self._timeout = nccl, communicator, timeout
+    def __init__(
+        self,
+        nccl: Any,
+        communicator: Any,
+        control: Control,
+        stream: Stream,
+        timeout: float,
+        where: Callable[[], str],
+    ) -> None:
+        self._nccl, self._communicator, self._control, self._timeout = nccl, communicator, control, timeout
         self.stream = stream
         self._where = where
         self.flight: set[NcclHop] = set()  # started and not finished: their buffers may not be used again
@@ -119,7 +127,11 @@ class _Link:
         self._lock = threading.Lock()
         self._failure: str | None = None
         self._watchdog = Watchdog(
-            timeout, reached=lambda: int(self._status[1]), trouble=self._trouble, give_up=self.abort
+            timeout,
+            reached=lambda: int(self._status[1]),
+            trouble=self._trouble,
+            news=self._news,
+            give_up=self.abort,
         )
 
     def begin(self, hop: NcclHop) -> int:
@@ -193,6 +205,11 @@ class _Link:
             pass
         return None
 
+    def _news(self) -> str | None:
+        words = self._control.hear(0.0)
+        words.pop(self._control.rank, None)
+        return "; ".join(f"rank {rank} ended in {word}" for rank, word in sorted(words.items())) or None
+
 
 class NcclExchange:
     """Collective hops between GPUs; rows on the CPU are left to `host`, the exchange of the process group.
@@ -258,7 +275,7 @@ class NcclExchange:
                     "before the capture"
                 )
             communicator = self._connect(stream)
-            self._link = _Link(self._nccl, communicator, stream, self._timeout, lambda: self.where())
+            self._link = _Link(self._nccl, communicator, self._control, stream, self._timeout, lambda: self.where())
         elif self._link.stream.device != device:
             raise DeviceError(
                 f"tensors on {device}, but this group has exchanged tensors on {self._link.stream.device}: a group "

@@ -14,6 +14,7 @@ from collections.abc import Callable
 _LOOKS = 20  # in a deadline, at least
 _SECONDS = 0.1  # between two looks, at most
 _SOON = 0.002  # where somebody waits
+_NEWS_SECONDS = 1.0
 
 
 class Watchdog:
@@ -22,7 +23,8 @@ class Watchdog:
     Args:
         timeout: seconds without any progress until the watchdog gives up.
         reached: the number of the latest hop that completed.
-        trouble: what is wrong with the carrier itself, or None.
+        trouble: what is wrong with the carrier itself, or None; asked at every look.
+        news: what peers left as their last words, or None; asked once a second, as it may take a while.
         give_up: called once, in the watchdog's thread, with the reason; it ends what is under way.
     """
 
@@ -32,10 +34,11 @@ class Watchdog:
         *,
         reached: Callable[[], int],
         trouble: Callable[[], str | None],
+        news: Callable[[], str | None],
         give_up: Callable[[str], None],
     ) -> None:
         self._timeout = timeout
-        self._reached, self._trouble, self._give_up = reached, trouble, give_up
+        self._reached, self._trouble, self._news, self._give_up = reached, trouble, news, give_up
         self._hops: deque[tuple[int, str]] = deque()
         self._alive = 0.0  # when there was a sign of life
         self._changed = threading.Condition()
@@ -71,14 +74,18 @@ class Watchdog:
             self._thread.join(self._timeout)  # it may be in an abort that does not come back
 
     def _work(self) -> None:
+        asked = time.monotonic()
         while True:
+            news = None
+            if time.monotonic() - asked > _NEWS_SECONDS:
+                news, asked = self._news(), time.monotonic()
             with self._changed:
                 self._changed.wait_for(lambda: self._hops or self._closed)
                 self._progress()
                 if self._closed:
                     return
                 if self._hops:
-                    self.reason = self._trouble_now()
+                    self.reason = self._trouble_now(news)
                     if self.reason is not None:
                         self._changed.notify_all()
                     else:
@@ -95,9 +102,9 @@ class Watchdog:
         if not self._hops:
             self._changed.notify_all()
 
-    def _trouble_now(self) -> str | None:
+    def _trouble_now(self, news: str | None) -> str | None:
         what = self._hops[0][1]
-        trouble = self._trouble()
+        trouble = news or self._trouble()
         if trouble is not None:
             return f"{what}: {trouble}"
         if time.monotonic() - self._alive > self._timeout:
