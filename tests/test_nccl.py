@@ -189,7 +189,7 @@ def test_what_does_not_arrive_is_nan_and_the_next_call_raises(how):
         group.control.gather(b" ")
         communicator = group.exchange._link._communicator
         if group.rank == 2:
-            return settled(lambda: len(nccl.log) == 2)
+            return settled(lambda: len(nccl.log) >= 2)
         started = time.monotonic()
         with group.step("exchange_out"):
             hop, receive = opened(group)
@@ -198,7 +198,7 @@ def test_what_does_not_arrive_is_nan_and_the_next_call_raises(how):
                 threading.Timer(0.5, lambda: setattr(communicator, "error", "remote process exited")).start()
             hop.finish()  # where a GPU's stream goes on after the abort
         took = time.monotonic() - started
-        assert receive.isnan().all() and settled(lambda: len(nccl.log) == 2)
+        assert receive.isnan().all() and settled(lambda: len(nccl.log) >= 2)
         reason = "not complete after 1 s" if how == "late" else "remote process exited"
         said = rf"exchange_out \(NCCL hop 3, with ranks {[r for r in (0, 1, 2) if r != group.rank]}\): {reason}"
         said = said.replace("[", r"\[").replace("]", r"\]")
