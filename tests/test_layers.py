@@ -37,7 +37,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "kernels.reference",
         "kernels.unpack",
     ),
-    "values": ("errors", "masks", "placement", "schedule", "spec"),
+    "values": ("cost", "errors", "masks", "placement", "schedule", "spec", "timeline", "timeline_svg"),
     "exchange": (
         "exchange",
         "exchange.base",
@@ -52,17 +52,17 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "exchange.virtual",
         "exchange.watchdog",
     ),
-    "engine": ("call", "executor", "group", "halves", "local", "memo", "op"),
+    "engine": ("call", "executor", "group", "halves", "layout", "local", "memo", "op", "tracing"),
     "face": (
         "",  # __init__
         "__main__",
         "api",
         "case",
         "cli",
-        "cost",
         "machine",
         "packed",
         "shard",
+        "timeline_command",
         "trial",
         "trial_options",
         "truth",
@@ -73,7 +73,15 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "training.*",
     ),
 }
-WITHOUT_TORCH = ("errors", "placement", "schedule", "spec")  # pure Python, but for types
+WITHOUT_TORCH = (
+    "cost",
+    "errors",
+    "placement",
+    "schedule",
+    "spec",
+    "timeline",
+    "timeline_svg",
+)  # pure Python, but for types
 OPTIONAL = {"accelerate", "cupy", "kernels", "matplotlib", "tqdm", "transformers"}
 
 

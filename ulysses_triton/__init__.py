@@ -5,6 +5,7 @@ from .api import ulysses_attention, ulysses_qkv_attention
 from .errors import DeviceError, DtypeError, ExchangeError, GroupError, OptionError, ShapeError, UlyssesError
 from .group import UlyssesGroup, run_virtual
 from .shard import count_tokens, gather_sequence, shard_lens, shard_sequence, token_mean
+from .tracing import trace
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ __all__ = [
     "shard_lens",
     "shard_sequence",
     "token_mean",
+    "trace",
     "ulysses_attention",
     "ulysses_qkv_attention",
 ]

@@ -21,7 +21,7 @@ from .kernels._blocks import BLOCK
 from .kernels._config import fingerprint
 from .kernels._views import Documents, Dropout, Predicate, Transform
 from .local import choose
-from .placement import place
+from .placement import chunk_count, place
 from .spec import Problem
 
 
@@ -158,6 +158,7 @@ def describe(group: UlyssesGroup, call: Call) -> tuple[Problem, Inputs]:
     if call.attention == "callable":
         chosen = "callable"
     problem = replace(problem, attention=chosen, tuning=fingerprint(problem.device) if chosen == "triton" else "")
+    problem = replace(problem, chunks=chunk_count(problem, group.chunks))
     tables = call.q_documents, call.k_documents
     return problem, Inputs(
         q,

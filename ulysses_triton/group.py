@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NoReturn, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,9 @@ from .exchange.virtual import VirtualMember, VirtualWorld
 from .local import Local
 from .memo import Memo
 from .placement import Placement
+
+if TYPE_CHECKING:
+    from .tracing import Trace
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 _RECORD = struct.Struct("<q?q8s")  # call number, refused, seed, hash of the signature
@@ -54,6 +57,8 @@ class UlyssesGroup:
             group would hold a part of one sequence.
         exchange: who carries the rows: "torch" (`all_to_all_single` on the group), "nccl" (a communicator of its own,
             through cupy; rows on the CPU still go over the group) or "auto".
+        chunks: in how many parts a rank's heads go, so that the exchange of one hides behind the attention of another:
+            a number, which calls with fewer query heads per rank lower to that, or "auto".
         check: what ranks compare before every call: "hash" of the call's signature, or "always" all of it.
         timeout: how long a rank waits for its peers.
 
@@ -61,19 +66,25 @@ class UlyssesGroup:
     every rank of `group` does. A context manager; `close` gives everything back.
     """
 
+    recorder: ClassVar[Trace | None] = None  # of all groups of this process, inside `trace()`
+
     def __init__(
         self,
         group: dist.ProcessGroup | DeviceMesh | VirtualMember | None = None,
         *,
         exchange: str = "auto",
+        chunks: int | str = "auto",
         check: str = "hash",
         timeout: timedelta = DEFAULT_TIMEOUT,
     ) -> None:
         if exchange not in ("auto", "nccl", "torch"):
             raise OptionError(f'exchange = {exchange!r}; it must be "auto", "nccl" or "torch"')
+        if chunks != "auto" and not (type(chunks) is int and chunks >= 1):
+            raise OptionError(f'chunks = {chunks!r}; it must be a number of at least 1, or "auto"')
         if check not in ("hash", "always"):
             raise OptionError(f'check = {check!r}; it must be "hash" or "always"')
         self.timeout = timeout
+        self.chunks = chunks
         self.counts: Counter[str] = Counter()  # "control" messages, and the "data" exchanges of each kind of step
         self.pool = Pool()
         self.memo = Memo()  # what was made once per batch of tokens: documents, lists of blocks
@@ -99,6 +110,7 @@ class UlyssesGroup:
         self._calls = 0
         self._agreed: set[bytes] = set()  # calls that all ranks made, and that need not wait for it the next time
         self._later: tuple[str, Callable[[], list[bytes]]] | None = None  # a call whose comparison is still to come
+        self.latest = 0, ""  # the latest call: its number, and what it is
         self._doing = "between calls"
         self._broken: str | None = None
         self._closed = False
@@ -166,7 +178,11 @@ class UlyssesGroup:
             lines.append("group=None: all ranks of the default group share one sequence; there is no data parallelism")
         if self._chosen is not None:
             local, placement = self._chosen
-            lines += [f"attention: {local.name} ({local.why})", f"placement:\n{placement.explain()}"]
+            lines += [
+                f"attention: {local.name} ({local.why})",
+                f"chunks: {len(placement.chunks)} of each rank's heads (asked for: {self.chunks})",
+                f"placement:\n{placement.explain()}",
+            ]
         return "\n".join(lines)
 
     def note(self, local: Local, placement: Placement) -> None:
@@ -185,6 +201,7 @@ class UlyssesGroup:
         self._settle()
         self._require_usable()
         self._calls += 1
+        self.latest = self._calls, what
         self._doing = f"call {self._calls} ({what})"
         if self.size == 1:
             return seed or 0
@@ -381,8 +398,12 @@ _lock = threading.Lock()
 
 
 def _register(group: UlyssesGroup) -> str:
-    """A name that says which rank of which group it is, the same from run to run."""
+    """A name that says which rank of which group it is, the same from run to run.
+
+    Chunks are in it as they shape what a forward keeps: PyTorch's on-disk cache must not mix up their graphs.
+    """
     label = "local" if group.process_group is None else group.process_group.group_name
+    label += "" if group.chunks == "auto" else f" in {group.chunks} chunks"
     with _lock:
         for number in itertools.count():
             name = f"{label}/{number}:{group.rank}of{group.size}"
@@ -432,7 +453,9 @@ def _close_all() -> None:
             print(error, file=sys.stderr)
 
 
-def run_virtual(ranks: int, function: Callable[[UlyssesGroup], _Result], *, timeout: float = 60.0) -> list[_Result]:
+def run_virtual(
+    ranks: int, function: Callable[[UlyssesGroup], _Result], *, chunks: int | str = "auto", timeout: float = 60.0
+) -> list[_Result]:
     """Run `function(group)` on `ranks` virtual ranks, threads of this process, and return their results in rank order.
 
     For tests and single-GPU timing. Raises the first rank's error. Backward runs in the calling thread of each rank, as
@@ -444,7 +467,10 @@ def run_virtual(ranks: int, function: Callable[[UlyssesGroup], _Result], *, time
 
     def work(rank: int) -> None:
         try:
-            with torch.autograd.set_multithreading_enabled(False), UlyssesGroup(world.member(rank)) as group:
+            with (
+                torch.autograd.set_multithreading_enabled(False),
+                UlyssesGroup(world.member(rank), chunks=chunks) as group,
+            ):
                 results[rank] = function(group)
         except BaseException as error:
             world.tell(rank, f"{type(error).__name__}: {error}")
