@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from ._reference_attend import attend_backward, attend_forward, math_dtype
 from ._views import ORows, QKVRows, Transform
 
-__all__ = ["attend_backward", "attend_forward", "pack", "pack_grad", "unpack", "unpack_grad"]
+__all__ = ["attend_backward", "attend_forward", "pack", "pack_grad", "poison", "unpack", "unpack_grad"]
 
 _BLOCK_ELEMENTS = 1 << 18  # 1 MB in fp32: smaller blocks pay more per call, larger ones leave the cache
 
@@ -47,6 +47,14 @@ def pack_grad(do: Tensor, o: Tensor | None, dlse: Tensor | None, to: Sequence[OR
             b_do, b_o = (_heads(x[:, block], rows.q_head, stat).to(dtype) for x in (do, o))  # [T, B, h, Dv]
             delta = (b_do * b_o).sum(-1)
             stat.copy_(delta if dlse is None else delta - _heads(dlse[:, block], rows.q_head, stat))
+
+
+def poison(status: Tensor, rows: Tensor, number: int) -> None:
+    """Write `number` to `status[1]` (0: leave it), and 255 to every byte of `rows` if `status[0]` is set."""
+    if number:
+        status[1] = number
+    if status[0]:
+        rows.view(-1).view(torch.uint8).fill_(255)
 
 
 def unpack(rows: Sequence[ORows], out: Tensor, lse: Tensor | None) -> None:

@@ -348,7 +348,7 @@ def count_exchanges(ctx, exchange, case):
 
     with UlyssesGroup(ctx.group, exchange=exchange, chunks=case.chunks) as group:
         run(case, ctx.rank, group)  # whatever a first call sets up
-        group.control.gather = counting("control", group.control.gather)
+        group.control.begin_gather = counting("control", group.control.begin_gather)
         carrier, name = (dist, "all_to_all_single") if exchange == "torch" else (group.exchange.transport, "arrive")
         original = getattr(carrier, name)
         setattr(carrier, name, counting("data", original))

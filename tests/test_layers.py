@@ -33,6 +33,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "kernels.attend_backward",
         "kernels.attend_forward",
         "kernels.pack",
+        "kernels.poison",
         "kernels.reference",
         "kernels.unpack",
     ),
@@ -40,7 +41,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "exchange": (
         "exchange",
         "exchange.base",
+        "exchange.cuda",
         "exchange.nccl",
+        "exchange.nccl_library",
         "exchange.one_sided",
         "exchange.pool",
         "exchange.shared_pool",
@@ -50,6 +53,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "exchange.torch_dist",
         "exchange.unix_socket",
         "exchange.virtual",
+        "exchange.watchdog",
     ),
     "engine": ("call", "executor", "group", "halves", "layout", "local", "memo", "op", "tracing"),
     "face": (

@@ -188,7 +188,7 @@ def agreed(what: str, call: Call) -> tuple[UlyssesGroup, Problem, Inputs]:
         raise
     given = "" if call.dropout_seed is None else f"; dropout_seed={call.dropout_seed}"
     drawn = call.dropout_seed if call.seed is None else int(call.seed)
-    seed = group.agree(what, problem.signature + given, drawn or 0)
+    seed = group.agree(what, problem.signature + given, drawn if problem.dropout_p else None, device=problem.device)
     if problem.dropout_p:
         inputs = inputs._replace(dropout=Dropout(problem.dropout_p, seed))
     return group, problem, inputs

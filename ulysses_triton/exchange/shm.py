@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from socket import socket
@@ -44,9 +44,16 @@ class Shm(LastWords):
     # -- control
 
     def gather(self, payload: bytes) -> list[bytes]:
+        return self.begin_gather(payload)()
+
+    def begin_gather(self, payload: bytes) -> Callable[[], list[bytes]]:
         self._mesh.send(_GATHER, payload)
-        every = self._mesh.receive(_GATHER) | {self.rank: payload}
-        return [every[rank] for rank in range(self.size)]
+
+        def finish() -> list[bytes]:
+            every = self._mesh.receive(_GATHER) | {self.rank: payload}
+            return [every[rank] for rank in range(self.size)]
+
+        return finish
 
     def tell(self, text: str) -> None:
         super().tell(text)
