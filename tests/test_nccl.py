@@ -629,7 +629,7 @@ def several_hops_of(group):
 def test_a_process_group_gets_nccl_where_all_ranks_have_it(pool):
     for refused, plain, without, found, on_cpu, asked, calls in pool.run(3, choices):
         assert len(refused) == 1 and "ranks [0, 1, 2]" in refused[0] and "needs NVIDIA GPUs" in refused[0]
-        assert plain[0] == "torch" and "auto: any process group can carry it" in plain[1] and plain[2] == {"cpu"}
+        assert plain[0] == "shm" and "auto: the ranks share" in plain[1] and plain[2] == {"cpu"}
         assert without[0] == "torch" and "not nccl, as of ranks [0, 1, 2]" in without[1]
         assert found[0] == "nccl" and "auto: cupy's NCCL for CUDA tensors" in found[1]
         assert on_cpu and calls == [True, True]  # rows on the CPU go over the process group

@@ -39,6 +39,8 @@ class Shm(LastWords):
         self.pool = SharedPool()
         self._mesh = mesh
         self._mapped: dict[tuple[int, int], memoryview] = {}  # by rank and number of the segment
+        self._gathers = self._next = 0  # begun, and received
+        self._gathered: dict[int, dict[int, bytes]] = {}  # by number: received ahead of whoever asks for it
         self._epoch = -1  # at which all have arrived; 0 is that of trying out
 
     # -- control
@@ -47,10 +49,14 @@ class Shm(LastWords):
         return self.begin_gather(payload)()
 
     def begin_gather(self, payload: bytes) -> Callable[[], list[bytes]]:
+        number, self._gathers = self._gathers, self._gathers + 1
         self._mesh.send(_GATHER, payload)
 
         def finish() -> list[bytes]:
-            every = self._mesh.receive(_GATHER) | {self.rank: payload}
+            while number not in self._gathered:  # frames come in the order of the gathers
+                self._gathered[self._next] = self._mesh.receive(_GATHER)
+                self._next += 1
+            every = self._gathered.pop(number) | {self.rank: payload}
             return [every[rank] for rank in range(self.size)]
 
         return finish
