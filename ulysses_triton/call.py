@@ -58,6 +58,7 @@ class Call(NamedTuple):
     rope_dim: int
     norm_eps: float
     attention: str
+    chunks: int
     recompute: bool
     return_lse: bool
     grad: bool
@@ -158,7 +159,7 @@ def describe(group: UlyssesGroup, call: Call) -> tuple[Problem, Inputs]:
     if call.attention == "callable":
         chosen = "callable"
     problem = replace(problem, attention=chosen, tuning=fingerprint(problem.device) if chosen == "triton" else "")
-    problem = replace(problem, chunks=chunk_count(problem, group.chunks))
+    problem = replace(problem, chunks=chunk_count(problem, call.chunks))
     tables = call.q_documents, call.k_documents
     return problem, Inputs(
         q,

@@ -63,7 +63,9 @@ class UlyssesGroup:
             the group), "torch" (`all_to_all_single` on the group), or "auto": "shm" for a gloo group whose ranks find
             that they can, "nccl" for CUDA where they have it, otherwise "torch". The same on every rank.
         chunks: in how many parts a rank's heads go, so that the exchange of one hides behind the attention of another:
-            a number, which calls with fewer query heads per rank lower to that, or "auto".
+            a number, which calls with fewer query heads per rank lower to that, or "auto": on a GPU what the cost
+            model predicts to be fastest, and 1 on CPUs, where overlap takes from attention what it hides, and in
+            compiled graphs.
         check: what ranks compare before every call: "hash" of the call's signature, or "always" all of it.
         timeout: how long a rank waits for its peers.
 
@@ -438,7 +440,6 @@ def _register(group: UlyssesGroup) -> str:
     Chunks are in it as they shape what a forward keeps: PyTorch's on-disk cache must not mix up their graphs.
     """
     label = "local" if group.process_group is None else group.process_group.group_name
-    label += "" if group.chunks == "auto" else f" in {group.chunks} chunks"
     with _lock:
         for number in itertools.count():
             name = f"{label}/{number}:{group.rank}of{group.size}"
