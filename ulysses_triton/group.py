@@ -11,12 +11,13 @@ import atexit
 import hashlib
 import itertools
 import struct
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NoReturn, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,11 +28,15 @@ from .errors import ExchangeError, GroupError, OptionError, ShapeError, UlyssesE
 from .exchange.base import Control, Exchange
 from .exchange.one_sided import OneSidedExchange
 from .exchange.pool import Pool
+from .exchange.store import meeting_point, share
 from .exchange.torch_dist import GlooControl, TorchExchange
 from .exchange.virtual import VirtualMember, VirtualWorld
 from .local import Local
 from .memo import Memo
 from .placement import Placement
+
+if TYPE_CHECKING:
+    from .exchange.shm import Shm
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 _RECORD = struct.Struct("<q?q8s")  # call number, refused, seed, hash of the signature
@@ -49,12 +54,15 @@ class UlyssesGroup:
         group: a `ProcessGroup`, a 1-D `DeviceMesh`, or None for the default group (one rank when `torch.distributed`
             is not initialised). None is wrong for jobs that also have data-parallel ranks: every rank of the default
             group would hold a part of one sequence.
-        exchange: who carries the rows: "torch" (`all_to_all_single` on the group) or "auto".
+        exchange: who carries the rows: "shm" (every rank writes into the others' memory; CPU tensors, ranks that are
+            processes of one Linux host), "torch" (`all_to_all_single` on the group), or "auto": "shm" for a gloo group
+            whose ranks find that they can, otherwise "torch". The same on every rank.
         check: what ranks compare before every call: "hash" of the call's signature, or "always" all of it.
         timeout: how long a rank waits for its peers.
 
-    Raises GroupError for a group this rank is not in, OptionError for an unknown option. Making one is collective:
-    every rank of `group` does. A context manager; `close` gives everything back.
+    Raises GroupError for a group this rank is not in or that the exchange cannot carry, OptionError for an unknown
+    option, ExchangeError for ranks that do not come. Making one is collective: every rank of `group` does. A context
+    manager; `close` gives everything back.
     """
 
     def __init__(
@@ -65,26 +73,26 @@ class UlyssesGroup:
         check: str = "hash",
         timeout: timedelta = DEFAULT_TIMEOUT,
     ) -> None:
-        if exchange not in ("auto", "torch"):
-            raise OptionError(f'exchange = {exchange!r}; it must be "auto" or "torch"')
+        if exchange not in ("auto", "shm", "torch"):
+            raise OptionError(f'exchange = {exchange!r}; it must be "auto", "shm" or "torch"')
         if check not in ("hash", "always"):
             raise OptionError(f'check = {check!r}; it must be "hash" or "always"')
         self.timeout = timeout
         self.counts: Counter[str] = Counter()  # "control" messages, and the "data" exchanges of each kind of step
-        self.pool = Pool()
         self.memo = Memo()  # what was made once per batch of tokens: documents, lists of blocks
         self.process_group = None if isinstance(group, VirtualMember) else process_group(group)
         self.devices = frozenset({"cpu", "cuda"})
         if self.process_group is not None and self.process_group.size() > 1:
-            self.devices = _devices(self.process_group)
-            carriers = _carriers(exchange, self.process_group, self.pool, timeout)
+            carriers = _carriers(exchange, self.process_group, timeout)
+            self.devices = frozenset({"cpu"}) if carriers[1].name == "shm" else _devices(self.process_group)
         else:
             member = group if isinstance(group, VirtualMember) else VirtualWorld(1).member(0)
             why = "one rank: nothing to exchange" if member.size == 1 else "ranks are threads of this process"
-            carriers = member, OneSidedExchange("virtual", member), why
+            carriers = member, OneSidedExchange("virtual", member), Pool(), why
         self.control: Control = carriers[0]
         self.exchange: Exchange = carriers[1]
-        self._why = carriers[2]
+        self.pool = carriers[2]
+        self._why = carriers[3]
         self.rank, self.size = self.control.rank, self.control.size
         self.implicit = False  # made by `resolve`, not by the user
         self.default = group is None
@@ -275,13 +283,39 @@ def process_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessG
     return group
 
 
-def _carriers(exchange: str, group: dist.ProcessGroup, pool: Pool, timeout: timedelta) -> tuple[Control, Exchange, str]:
-    """What carries the control messages of a process group, what carries its rows, and why."""
-    return (
-        GlooControl(group, timeout),
-        TorchExchange(group, pool, timeout),
-        f"{exchange}: any process group can carry it",
-    )
+def _carriers(exchange: str, group: dist.ProcessGroup, timeout: timedelta) -> tuple[Control, Exchange, Pool, str]:
+    """What carries the control messages of a process group and its rows, where its buffers come from, and why.
+
+    The same on every rank: what a rank finds out by itself, all ranks hear before they choose.
+    """
+    store = meeting_point(group)
+    asked = share(store, "exchange", group, exchange, timeout)
+    if len(set(asked)) > 1:
+        raise OptionError(
+            f"the ranks ask for different exchanges: {asked} in rank order; exchange= must be one for all"
+        )
+    why = f"{exchange}: any process group can carry it"
+    if exchange == "shm" or (exchange == "auto" and _devices(group) == {"cpu"}):
+        found = _shared_memory(group, store, timeout)
+        if not isinstance(found, str):
+            return found, OneSidedExchange("shm", found), found.pool, f"{exchange}: the ranks share this host's memory"
+        if exchange == "shm":
+            raise GroupError(
+                f'exchange="shm" cannot carry group {group.group_name!r}: {found}. It needs all ranks to be processes '
+                'of one Linux host, container and user; exchange="torch" needs nothing of that'
+            )
+        why = f"{why}; not shm: {found}"
+    pool = Pool()
+    return GlooControl(group, timeout), TorchExchange(group, pool, timeout), pool, why
+
+
+def _shared_memory(group: dist.ProcessGroup, store: dist.Store, timeout: timedelta) -> Shm | str:
+    """The exchange over shared memory, or why there is none."""
+    if sys.platform != "linux":
+        return f"this is {sys.platform}, not Linux"
+    from .exchange.shm import meet  # uses what only Linux has
+
+    return meet(group, store, timeout)
 
 
 def _devices(group: dist.ProcessGroup) -> frozenset[str]:

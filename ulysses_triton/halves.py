@@ -54,8 +54,8 @@ def exchange_in_backward(rows: Tensor, kv_rows: Tensor, *arguments: Any) -> tupl
     """-> (dq, dk, dv, dq_norm, dk_norm), as the layer's backward."""
     call = Call(*arguments)
     group, problem, inputs = agreed("exchange in backward", call)
-    grads, views = _grads(problem, inputs, call, group.pool.take)
     with group.call():
+        grads, views = _grads(problem, inputs, call, group.pool.take)
         norms = executor.exchange_in_backward(problem, group, inputs, Inputs(*views, None), [rows, kv_rows])
     return (*grads, *small_grads(inputs.q, norms, (call.q_norm, call.k_norm)))
 

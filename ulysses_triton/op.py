@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import executor
 from .call import SCHEMA, Call, agreed, describe, split_qkv
+from .errors import UlyssesError
 from .executor import Inputs, SmallGrads
 from .group import by_name
 from .local import choose
@@ -71,7 +72,12 @@ def attention_backward(
     The gradient of a fused qkv is dq, that of slopes is made if `of_slopes`, and what has no gradient is empty.
     """
     call = Call(*arguments)
-    grads, views = like_inputs(dout, fused, call.kv_heads, head_dim, kv_tokens, by_name(call.group).pool.take)
+    own = by_name(call.group)
+    try:
+        grads, views = like_inputs(dout, fused, call.kv_heads, head_dim, kv_tokens, own.pool.take)
+    except UlyssesError as error:  # no memory for them
+        own.refuse(error)
+        raise
     if call.q is None:  # not saved, as not needed: only the shapes are
         call = call._replace(q=grads[0]) if fused else call._replace(q=views[0], k=views[1], v=views[2])
     group, problem, inputs = agreed("attention backward", call)
