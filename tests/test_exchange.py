@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fake_symm
 import pytest
 import torch
 import torch.distributed as dist
@@ -60,12 +61,14 @@ def on_a_process(ctx, name, work, *arguments):
 
 def on_exchange(name, pool, work, *arguments):
     """What `work(group, *arguments)` returns on three ranks of an exchange."""
+    if name == "symm":
+        return fake_symm.run(3, work, *arguments)
     if name == "virtual":
         return run_virtual(3, lambda g: work(g, *arguments))
     return pool.run(3, on_a_process, name, work, *arguments)
 
 
-every_exchange = pytest.mark.parametrize("name", ["torch", "shm", "virtual"])
+every_exchange = pytest.mark.parametrize("name", ["torch", "shm", "symm", "virtual"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)

@@ -25,7 +25,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from . import errors, spec
 from .errors import ExchangeError, GroupError, OptionError, ShapeError, UlyssesError
-from .exchange.base import Control, Exchange
+from .exchange import symm
+from .exchange.base import Control, Exchange, Watched
 from .exchange.one_sided import OneSidedExchange
 from .exchange.pool import Pool
 from .exchange.store import meeting_point, share
@@ -55,7 +56,8 @@ class UlyssesGroup:
             is not initialised). None is wrong for jobs that also have data-parallel ranks: every rank of the default
             group would hold a part of one sequence.
         exchange: who carries the rows: "shm" (every rank writes into the others' memory; CPU tensors, ranks that are
-            processes of one Linux host), "torch" (`all_to_all_single` on the group), or "auto": "shm" for a gloo group
+            processes of one Linux host), "symm" (the same between GPUs of one NVLink domain, over PyTorch's symmetric
+            memory; not yet run on a GPU), "torch" (`all_to_all_single` on the group), or "auto": "shm" for a gloo group
             whose ranks find that they can, otherwise "torch". The same on every rank.
         check: what ranks compare before every call: "hash" of the call's signature, or "always" all of it.
         timeout: how long a rank waits for its peers.
@@ -73,8 +75,8 @@ class UlyssesGroup:
         check: str = "hash",
         timeout: timedelta = DEFAULT_TIMEOUT,
     ) -> None:
-        if exchange not in ("auto", "shm", "torch"):
-            raise OptionError(f'exchange = {exchange!r}; it must be "auto", "shm" or "torch"')
+        if exchange not in ("auto", "shm", "symm", "torch"):
+            raise OptionError(f'exchange = {exchange!r}; it must be "auto", "shm", "symm" or "torch"')
         if check not in ("hash", "always"):
             raise OptionError(f'check = {check!r}; it must be "hash" or "always"')
         self.timeout = timeout
@@ -84,7 +86,8 @@ class UlyssesGroup:
         self.devices = frozenset({"cpu", "cuda"})
         if self.process_group is not None and self.process_group.size() > 1:
             carriers = _carriers(exchange, self.process_group, timeout)
-            self.devices = frozenset({"cpu"}) if carriers[1].name == "shm" else _devices(self.process_group)
+            own = {"shm": frozenset({"cpu"}), "symm": frozenset({"cuda"})}
+            self.devices = own.get(carriers[1].name) or _devices(self.process_group)
         else:
             member = group if isinstance(group, VirtualMember) else VirtualWorld(1).member(0)
             why = "one rank: nothing to exchange" if member.size == 1 else "ranks are threads of this process"
@@ -93,6 +96,8 @@ class UlyssesGroup:
         self.exchange: Exchange = carriers[1]
         self.pool = carriers[2]
         self._why = carriers[3]
+        if isinstance(self.exchange, Watched):
+            self.exchange.where = lambda: self._doing
         self.rank, self.size = self.control.rank, self.control.size
         self.implicit = False  # made by `resolve`, not by the user
         self.default = group is None
@@ -117,15 +122,22 @@ class UlyssesGroup:
         raise GroupError("a UlyssesGroup cannot be pickled: it holds connections; make one in the process that uses it")
 
     def close(self) -> None:
-        """Give everything back. Idempotent; every rank does it."""
+        """Give everything back. Idempotent; every rank does it.
+
+        Raises what the last calls have left to raise: ExchangeError where an exchange is not awaited.
+        """
         if self._closed:
             return
         self._closed = True
         _GROUPS.pop(self.name, None)
         self.exchange.close()
+        failure = self._failure() if self._broken is None else None
+        error = None if failure is None else self._fail(RuntimeError(failure))
         self.control.close()
         self.pool.close()
         self.memo.clear()
+        if error is not None:
+            raise error
 
     def check(self) -> None:
         """Raise ExchangeError or GroupError if this group cannot be used any more, here or because a peer failed."""
@@ -196,9 +208,7 @@ class UlyssesGroup:
             yield
         except BaseException as error:
             if self._broken is None:
-                self._broken = f"{self._doing} failed with {type(error).__name__}: {error}"
-                self.control.tell(self._broken)
-                self.pool.close()
+                self._end(f"{self._doing} failed with {type(error).__name__}: {error}")
             raise
         self._doing = "between calls"
 
@@ -239,13 +249,26 @@ class UlyssesGroup:
             raise GroupError(f"group {self.name!r} is closed")
         if self._broken is not None:
             raise ExchangeError(f"group {self.name!r} cannot be used any more: {self._broken}; make a new one")
+        failure = self._failure()
+        if failure is not None:
+            raise self._fail(RuntimeError(failure))
+
+    def _failure(self) -> str | None:
+        """What the exchange found by itself."""
+        return self.exchange.failure() if isinstance(self.exchange, Watched) else None
+
+    def _end(self, why: str) -> None:
+        """This group is of no use any more: tell the peers, and do not wait for them."""
+        self._broken = why
+        self.pool.close()  # a late peer may still write to buffers in flight, so none is used again
+        self.control.tell(why)
+        if isinstance(self.exchange, Watched):
+            self.exchange.abort(why)
 
     def _fail(self, error: RuntimeError) -> ExchangeError:
         """End the group: leave a last word, read the peers', and say who is where."""
         own = f"{self._doing}: {str(error).splitlines()[0]}"
-        self._broken = own
-        self.pool.close()  # a late peer may still write to buffers in flight, so none is used again
-        self.control.tell(own)
+        self._end(own)
         words = self.control.hear(_WORDS_SECONDS)
         words.pop(self.rank, None)
         silent = sorted(set(range(self.size)) - set(words) - {self.rank})
@@ -305,6 +328,16 @@ def _carriers(exchange: str, group: dist.ProcessGroup, timeout: timedelta) -> tu
                 'of one Linux host, container and user; exchange="torch" needs nothing of that'
             )
         why = f"{why}; not shm: {found}"
+    if exchange == "symm":
+        control = GlooControl(group, timeout)
+        symmetric = symm.meet(group, store, control, timeout)
+        if not isinstance(symmetric, str):
+            return control, symm.SymmetricExchange(symmetric), symmetric.pool, "symm: the GPUs write into each other"
+        control.close()
+        raise GroupError(
+            f'exchange="symm" cannot carry group {group.group_name!r}: {symmetric}. It needs a CUDA GPU per rank, all '
+            'on one host with peer access (NVLink); exchange="torch" needs nothing of that'
+        )
     pool = Pool()
     return GlooControl(group, timeout), TorchExchange(group, pool, timeout), pool, why
 
