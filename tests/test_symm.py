@@ -22,6 +22,7 @@ from ulysses_triton.errors import GroupError, OutOfMemoryError
 from ulysses_triton.exchange import symm
 from ulysses_triton.exchange.symm_pool import Place, Ranges, SymmetricPool
 from ulysses_triton.exchange.virtual import VirtualWorld
+from ulysses_triton.kernels import reference
 from ulysses_triton.kernels.signals import ARRIVED, FLAGS, GAVE_UP, KINDS, READY, SILENT, signal, wait
 
 CPU = torch.device("cpu")
@@ -95,6 +96,23 @@ def test_the_host_can_end_a_wait():
     pads.status[0][0] = 1
     wait(pads.pad[0], pads.counts[0], pads.status[0], READY, 0, 1e6)  # until its first look, not for 11 days
     assert pads.status[0].tolist() == [1, 0, 0, 0]
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2), st.integers(0, 1), st.integers(0, 2)), max_size=12))
+def test_signals_are_what_their_twins_are(steps):
+    """Signals, waits and words of the host, of three ranks in any order."""
+    ours, twins = Pads(3), Pads(3)
+    for action, rank, kind, behind in steps:
+        if action < 2:
+            ours.signal(rank, kind)
+            reference.signal(twins.pad, twins.counts[rank], twins.status[rank], kind, rank)
+        elif action < 4:
+            ours.wait(rank, kind, behind)
+            reference.wait(twins.pad[rank], twins.counts[rank], twins.status[rank], kind, behind)
+        else:
+            ours.status[rank][0] = twins.status[rank][0] = 1
+        for name in ("pad", "counts", "status"):
+            assert torch.equal(torch.stack(getattr(ours, name)), torch.stack(getattr(twins, name))), name
 
 
 PTX = """
