@@ -400,23 +400,23 @@ def test_a_rank_that_gives_up_tells_its_peers():
 # -- who may take part
 
 
-def about(host="a", device="0"):
-    return {"host": host, "device": device}
+def about(host="a", device="0", overlap="0"):
+    return {"host": host, "device": device, "overlap": overlap}
 
 
 @pytest.mark.parametrize(
-    "everyone, overlap, expected",
+    "everyone, expected",
     [
-        ([about(), about(device="1")], False, None),
-        ([about(), about()], True, None),
-        ([about(), about()], False, "ranks [0, 1] share GPUs; TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1"),
-        ([about(), about(host="b")], False, "rank 1 is on host b, rank 0 on a"),
-        ([about(), {"obstacle": "no CUDA device"}], False, "rank 1: no CUDA device"),
+        ([about(), about(device="1")], None),
+        ([about(overlap="1"), about(overlap="1")], None),
+        ([about(overlap="1"), about()], "ranks [0, 1] share GPUs; TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1"),
+        ([about(), about(host="b")], "rank 1 is on host b, rank 0 on a"),
+        ([about(), {"obstacle": "no CUDA device"}], "rank 1: no CUDA device"),
     ],
     ids=["two", "one GPU for tests", "one GPU", "hosts", "none"],
 )
-def test_what_is_in_the_way(everyone, overlap, expected):
-    found = symm._obstacle(everyone, overlap=overlap)
+def test_what_is_in_the_way(everyone, expected):
+    found = symm._obstacle(everyone)
     assert found == expected if expected is None else found.startswith(expected)
 
 

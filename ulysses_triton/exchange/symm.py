@@ -15,7 +15,10 @@ the hop. So the first calls copy, and grow the pool until later ones need neithe
 Faults: a wait that ends without its signal leaves a word in pinned memory. `kernels.poison` then makes NaN of what
 arrived, in this hop and all that follow, peers are told at the next signal, and the group raises at the next call. A
 rank that gave up waiting for a peer's READY still writes there, as kernels that are queued cannot be called back: the
-peer's waits fail from then on, and what it computes from those rows does not leave it unmarked.
+peer's waits fail from then on.
+
+Signals are atomics on the peers' memory, which NVLink carries. Not yet run on a GPU: the kernels run in Triton's
+interpreter and are compiled ahead of time, and the rest runs over a fake of PyTorch's memory.
 """
 
 from __future__ import annotations
@@ -294,7 +297,7 @@ def meet(group: dist.ProcessGroup, store: dist.Store, control: Control, timeout:
     """The exchange of the ranks of `group`, or why they cannot have one; on every rank the same of the two."""
     mine = _about_me()
     everyone = [json.loads(text) for text in share(store, "symm", group, json.dumps(mine), timeout)]
-    obstacle = _obstacle(everyone, overlap=os.environ.get(_OVERLAP) == "1")
+    obstacle = _obstacle(everyone)
     if obstacle is None:
         seen = _unreachable(everyone)
         texts = share(store, "symm reach", group, json.dumps(seen), timeout)
@@ -330,15 +333,15 @@ def _about_me() -> dict[str, str]:
     backend = _symmetric_memory.get_backend(device)
     if backend != "CUDA":
         return {"obstacle": f"symmetric memory by {backend}; it must be by CUDA (TORCH_SYMMMEM=CUDA)"}
-    return {"host": socket.gethostname(), "device": _uuid(device)}
+    return {"host": socket.gethostname(), "device": _uuid(device), "overlap": os.environ.get(_OVERLAP, "0")}
 
 
 def _uuid(device: torch.device | int) -> str:
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
-def _obstacle(everyone: Sequence[dict[str, str]], *, overlap: bool) -> str | None:
-    """Why ranks that say this of themselves cannot exchange; `overlap`: several may be on one GPU."""
+def _obstacle(everyone: Sequence[dict[str, str]]) -> str | None:
+    """Why ranks that say this of themselves cannot exchange."""
     for rank, about in enumerate(everyone):
         if "obstacle" in about:
             return f"rank {rank}: {about['obstacle']}"
@@ -346,9 +349,9 @@ def _obstacle(everyone: Sequence[dict[str, str]], *, overlap: bool) -> str | Non
         if about["host"] != everyone[0]["host"]:
             return f"rank {rank} is on host {about['host']}, rank 0 on {everyone[0]['host']}"
     devices = [about["device"] for about in everyone]
-    if len(set(devices)) < len(devices) and not overlap:
+    if len(set(devices)) < len(devices) and any(about["overlap"] != "1" for about in everyone):
         shared = [rank for rank, device in enumerate(devices) if devices.count(device) > 1]
-        return f"ranks {shared} share GPUs; {_OVERLAP}=1 allows that, for tests"
+        return f"ranks {shared} share GPUs; {_OVERLAP}=1 on every rank allows that, for tests"
     return None
 
 
