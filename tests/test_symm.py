@@ -22,7 +22,8 @@ from ulysses_triton.errors import GroupError, OutOfMemoryError
 from ulysses_triton.exchange import symm
 from ulysses_triton.exchange.symm_pool import Place, Ranges, SymmetricPool
 from ulysses_triton.exchange.virtual import VirtualWorld
-from ulysses_triton.kernels import reference
+from ulysses_triton.kernels import pack, reference, unpack
+from ulysses_triton.kernels._table import table
 from ulysses_triton.kernels.signals import ARRIVED, FLAGS, GAVE_UP, KINDS, READY, SILENT, signal, wait
 
 CPU = torch.device("cpu")
@@ -164,6 +165,11 @@ def test_ranges_never_overlap_and_join_again(steps):
             ranges.give(taken.pop(number % len(taken)))
         used = {(p.segment, i) for p in taken for i in range(p.start, p.stop)}
         assert len(used) == sum(p.size for p in taken) == 200 - ranges.size
+    middle = [part for segment in range(2) for part in ranges.take_from(Place(segment, 20, 60))]
+    assert all(20 <= p.start < p.stop <= 60 for p in middle) and not ranges.take_from(Place(0, 20, 60))
+    for part in middle:
+        ranges.give(part)
+    assert ranges.size == 200 - sum(p.size for p in taken)
     for place in taken:
         ranges.give(place)
     assert [ranges.take(100), ranges.take(100), ranges.take(1)] == [Place(0, 0, 100), Place(1, 0, 100), None]
@@ -347,6 +353,30 @@ def test_a_layer_is_what_it_is_over_the_virtual_exchange(case):
             for name, tensor in one.items():
                 assert torch.equal(again[name].view(torch.uint8), tensor.view(torch.uint8)), name
         assert mapped == answers[0][1]
+
+
+def tables_by_step(group, case, level, made):
+    """How many tables of addresses two ranks made in each step: three eager, one captured, one eager."""
+    counts = []
+    for captures in (False, False, False, True, False):
+        gc.collect()  # what the interpreter has been given lives until then
+        group.exchange.symmetric._streams.graph = captures
+        level.wait()
+        before = len(made)
+        layer.run(case, group.rank, group)
+        level.wait()
+        counts.append(len(made) - before)
+    return counts
+
+
+def test_a_captured_layer_needs_no_new_tables(monkeypatch):
+    made = []
+    for module in (pack, unpack):
+        monkeypatch.setattr(module, "table", lambda *given: made.append(given) or table(*given))
+    case = layer.Case((9, 8), heads=4, kv_heads=2, return_lse=True, attention="triton")
+    answers = fake_symm.run(2, tables_by_step, case, threading.Barrier(2, timeout=60), made, step=1 << 20)
+    for first, *others in answers:
+        assert first > 0 and others[:3] == [0, 0, 0] and others[3] > 0  # what is the graph's now is not used eagerly
 
 
 # -- faults

@@ -4,7 +4,9 @@ Mapping is collective and slow, so segments are never given back before the end,
 for the next hop to ask for another one (`symm`); until then it takes ordinary memory. A buffer is free again when the
 storage over it is gone, as in `pool`, and is used again behind the work that its streams had then.
 
-What a CUDA graph was captured with, its replays will write again: such buffers are used again by graphs only.
+What a CUDA graph was captured with, its replays will write again: such buffers are used again by graphs only. During a
+capture all free memory is one, so that a layer finds its buffers where it had them when it ran before: the tables of
+their addresses are there already, and a graph cannot make new ones.
 """
 
 from __future__ import annotations
@@ -67,6 +69,24 @@ class Ranges:
             self.give(found._replace(start=mine.stop))
         return mine
 
+    def take_from(self, place: Place) -> list[Place]:
+        """What is free of a place."""
+        parts = []
+        for free in list(self._places):
+            start, stop = max(free.start, place.start), min(free.stop, place.stop)
+            if free.segment == place.segment and start < stop:
+                self._places.remove(free)
+                self.size -= free.size
+                parts.append(free._replace(start=start, stop=stop))
+                for rest in (free._replace(stop=start), free._replace(start=stop)):
+                    if rest.size:
+                        self.give(rest)
+        return parts
+
+    def take_all(self) -> list[Place]:
+        places, self._places, self.size = self._places, [], 0
+        return places
+
 
 class Streams(Protocol):
     """What is asked of a device whose kernels run in streams."""
@@ -116,7 +136,9 @@ class SymmetricPool(Pool):
         self._streams = streams
         self._segments: list[Tensor] = []
         self._ranges = Ranges()
-        self._of_graphs = Ranges()
+        self._of_graphs = Ranges()  # empty during a capture
+        self._captured: list[Place] = []  # all that captures were given
+        self._in_capture = False
         self._back: deque[_Returned] = deque()  # filled by finalizers, in any thread, without a lock
 
     def add(self, segment: Tensor) -> None:
@@ -134,14 +156,15 @@ class SymmetricPool(Pool):
         """An uninitialised tensor in a segment, if one has room."""
         self._settle()
         size = room(math.prod(shape) * dtype.itemsize)
-        of_graph = self._streams.capturing()
-        place = (self._of_graphs.take(size) if of_graph else None) or self._ranges.take(size)
+        place = self._ranges.take(size)
         if place is None:
             return None
+        if self._in_capture:
+            self._captured.append(place)
         self.held += size
         self._count()
         lease = _Lease(self._segments[place.segment], place)
-        release = weakref.finalize(lease, self._came_back, place, of_graph, self._streams.current())
+        release = weakref.finalize(lease, self._came_back, place, self._in_capture, self._streams.current())
         release.atexit = False
         strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
         return torch.empty(0, dtype=dtype, device=self.device).set_(
@@ -174,6 +197,14 @@ class SymmetricPool(Pool):
         A capture begins on an idle device (`torch.cuda.graph` waits for that), so what was eager by then is done.
         """
         capturing = self._streams.capturing()
+        if capturing and not self._in_capture:
+            for place in self._of_graphs.take_all():
+                self._ranges.give(place)
+        if self._in_capture and not capturing:
+            for place in self._captured:
+                for part in self._ranges.take_from(place):
+                    self._of_graphs.give(part)
+        self._in_capture = capturing
         for _ in range(len(self._back)):
             back = self._back.popleft()
             if capturing and back.marks is None and not back.of_graph:
@@ -184,7 +215,7 @@ class SymmetricPool(Pool):
                 continue
             if not capturing:
                 self._streams.join(back.marks or [])
-            (self._of_graphs if back.of_graph else self._ranges).give(back.place)
+            (self._of_graphs if back.of_graph and not capturing else self._ranges).give(back.place)
 
     def _count(self) -> None:
         self.free = self._ranges.size + self._of_graphs.size
