@@ -1,6 +1,7 @@
 # `make train` and `make test` need nothing before them: both set up a virtual environment first, once.
 PYTHON ?= python3
 VENV ?= .venv
+VENV_PEERS ?= .venv-peers
 RANKS ?=
 ARGS ?=
 
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CXX_USED := $(if $(filter default undefined,$(origin CXX)),g++,$(CXX))
 
-.PHONY: train test test-slow lint format setup compiler headers clean
+.PHONY: train test test-slow lint format setup peers compiler headers clean
 
 train: $(READY)
 	$(BIN)/ulysses-triton train $(if $(RANKS),--ranks $(RANKS)) $(ARGS)
@@ -29,6 +30,16 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 setup: $(READY)
+
+# The libraries that bench.peers measures against, in an environment of their own.
+peers: $(VENV_PEERS)/.peers-ready
+	$(VENV_PEERS)/bin/python -m bench.peers $(ARGS)
+
+$(VENV_PEERS)/.peers-ready: requirements/dev.txt requirements/peers.txt pyproject.toml
+	@$(MAKE) --no-print-directory VENV=$(VENV_PEERS) setup
+	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(VENV_PEERS)/bin/python -m pip install --disable-pip-version-check --quiet \
+	  --no-deps --no-build-isolation --requirement requirements/peers.txt
+	@touch $@
 
 $(READY): requirements/dev.txt pyproject.toml
 	@$(PYTHON) -c "" 2>/dev/null || { echo "make: no interpreter '$(PYTHON)': install Python 3.11, 3.12 or 3.13, or name one with PYTHON=..." >&2; exit 1; }
@@ -51,5 +62,5 @@ headers: $(READY)
 	  || { echo "make: no Python.h, which torch.compile needs: install Python's headers (Debian, Ubuntu: apt-get install python3-dev)" >&2; exit 1; }
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_PEERS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

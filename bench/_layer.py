@@ -210,14 +210,14 @@ def _timed_steps(
     def timed(method: str) -> Callable[..., None]:
         step = getattr(executor._Run, method)
 
-        def run(self: executor._Run, *name: str) -> None:
+        def run(self: executor._Run, *which: Any) -> None:
+            name = which[0] if method == "_finish" else method.removeprefix("_")
             _settle(session, level)
             begin = time.perf_counter()
-            step(self, *name)
+            step(self, *which)
             _settle(session, level)
             if self.group.rank == 0:
-                times = found.setdefault(*(name or (method.removeprefix("_"),)), [])
-                times.append((time.perf_counter() - begin) * 1e3)
+                found.setdefault(name, []).append((time.perf_counter() - begin) * 1e3)
 
         return run
 

@@ -58,9 +58,9 @@ def attend_forward(
 
 def attend_backward(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, dq: Sequence[Span], dkv: Sequence[Span],
-    options: Options, heads: HeadGrads | None = None,
+    options: Options, heads: HeadGrads | None = None, start: tuple[Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """Twin of `attend_backward.attend_backward`; fp64 is allowed too, with LSE and delta of fp64 then."""
+    """Twin of `attend_backward.attend_backward`; fp64 is allowed too, with LSE, delta and start of fp64 then."""
     S, B, hq, _ = q.shape
     dtype = math_dtype(q)
     d_sinks, d_slopes = heads or HeadGrads()
@@ -72,12 +72,12 @@ def attend_backward(
             k_j, v_j = _fresh(k[:, b, j], dtype), _fresh(v[:, b, j], dtype)  # [Sk, D], [Sk, Dv]
             dk, dv = torch.zeros_like(k_j), torch.zeros_like(v_j)
             for h in group:
-                for start, stop, keys in query_blocks(S, len(k), options, b, h):
-                    at = _Block(options, b, h, start, stop, keys, k)
-                    q_i, do_i = _fresh(q[start:stop, b, h], dtype), _fresh(do[start:stop, b, h], dtype)
-                    lse_i = _fresh(lse[h, b, start:stop], dtype)  # [rows]
+                for first, stop, keys in query_blocks(S, len(k), options, b, h):
+                    at = _Block(options, b, h, first, stop, keys, k)
+                    q_i, do_i = _fresh(q[first:stop, b, h], dtype), _fresh(do[first:stop, b, h], dtype)
+                    lse_i = _fresh(lse[h, b, first:stop], dtype)  # [rows]
                     lse_i = torch.where(lse_i == -torch.inf, torch.inf, lse_i)  # a row without keys: P = 0
-                    delta_i = _fresh(delta[start:stop, b, h], dtype)  # [rows]
+                    delta_i = _fresh(delta[first:stop, b, h], dtype)  # [rows]
                     s = (q_i @ k_j[keys].mT).mul_(options.scale)  # [rows, keys]
                     slope = _slope(s, options)
                     p = at.masked(at.scores(s)).sub_(lse_i[:, None]).exp_()
@@ -90,8 +90,12 @@ def attend_backward(
                     if slope is not None:
                         ds.mul_(slope)
                     _add(dk, keys, ds.mT, q_i)
-                    _store(dq, 0, b, h, start, (ds @ k_j[keys]).mul_(options.scale))
-            _store(dkv, 0, b, j, 0, dk.mul_(options.scale))
+                    _store(dq, 0, b, h, first, (ds @ k_j[keys]).mul_(options.scale))
+            dk.mul_(options.scale)
+            if start is not None:
+                dk += start[0][j, b]
+                dv += start[1][j, b]
+            _store(dkv, 0, b, j, 0, dk)
             _store(dkv, 1, b, j, 0, dv)
 
 

@@ -20,7 +20,8 @@ class QKVRows(NamedTuple):
     """The q, k and v heads (or their gradients) that one rank works on, for a range of tokens.
 
     `k` and `v` may cover other tokens than `q` (cross-attention). As gradients, `k` and `v` may be fp32 where `q` is
-    bf16 or fp16: partial sums of a kv head that several ranks worked on.
+    bf16 or fp16: partial sums of a kv head that several ranks worked on. Both have no heads where k and v
+    of the kv head lie elsewhere.
     """
 
     q: Tensor  # [L, B, hq, D]

@@ -13,7 +13,8 @@ Two kernels, so that every element has one owner and a fixed order of sums, with
 query tile and walks over key tiles as the forward does; `attend_dkv_kernel` holds a key tile of one kv head and walks
 over the query tiles of all query heads that attend it (first the partial ones of every head, then the full ones), with
 scores transposed (`[BLOCK_N, BLOCK_M]`) so that both accumulators have the key tile's shape. Queries past S carry an
-LSE of +inf, which makes their P zero.
+LSE of +inf, which makes their P zero. Where the query heads of a kv head come in several calls, each starts from
+the sums of the one before.
 
 Layout: rows `[tokens, B, row]` as in the forward; delta is a strided view (it rides at the end of the dO rows); results
 go to spans of tokens (`_rows`), cast to the destination's type.
@@ -241,8 +242,8 @@ def attend_dkv_kernel(
     stride_don, stride_dob, stride_doh, stride_dn, stride_db, stride_dh, stride_dkn, stride_dkh, stride_dvn, stride_dvh,
     B, S, Sk, hq, hkv, group, offset, n_spans, section,
     first_head, left, right, documents, blocks, stride_rb, stride_rh, captured, slopes_ptr,
-    seed_low, seed_high, threshold, keep_scale, scale, qk_scale, cap_scale,
-    HAS: tl.constexpr, PREDICATE: tl.constexpr,
+    seed_low, seed_high, threshold, keep_scale, scale, qk_scale, cap_scale, start_dk_ptr, start_dv_ptr,
+    HAS: tl.constexpr, PREDICATE: tl.constexpr, HAS_START: tl.constexpr,
     DK_DTYPE: tl.constexpr, DV_DTYPE: tl.constexpr, UNIT: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -264,6 +265,12 @@ def attend_dkv_kernel(
 
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    if HAS_START:  # here and not at the end, where loads beside full accumulators spill
+        o_row = ((i_kv * B + i_b) * Sk + o_n)[:, None]  # [BLOCK_N, 1]
+        o_d, o_dv = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
+        b_dk += tl.load(start_dk_ptr + o_row * D + o_d, mask=(o_n < Sk)[:, None] & (o_d < D), other=0.0)
+        b_dv += tl.load(start_dv_ptr + o_row * DV + o_dv, mask=(o_n < Sk)[:, None] & (o_dv < DV), other=0.0)
+        b_dk *= 1.0 / tl.where(scale == 0.0, 1.0, scale)  # the accumulator is multiplied by scale at the end
     m = (i_b, B, S, Sk, left, right, documents, captured)
     doc_n = tokens(m, 1, o_n, Sk, HAS)[0]  # [BLOCK_N]
     i_row = i_b * stride_rb + i_kv * stride_rh + i_n // BLOCK
@@ -295,7 +302,7 @@ def attend_dkv_kernel(
 
 def attend_backward(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, dq: Sequence[Span], dkv: Sequence[Span],
-    options: Options, heads: HeadGrads | None = None,
+    options: Options, heads: HeadGrads | None = None, start: tuple[Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Gradients of `attend_forward`, written where they travel from.
 
@@ -311,10 +318,12 @@ def attend_backward(
             partial sums.
         options: which attention it is.
         heads: where the gradients of sinks and slopes go, those of the local heads.
+        start: dk `[hkv, B, Sk, D]` and dv `[hkv, B, Sk, Dv]`, contiguous fp32, of other query heads of these kv heads,
+            from which the sums start.
     """
     (S, B, hq, D), (Sk, _, hkv, _), Dv = q.shape, k.shape, v.shape[-1]
     heads = heads or HeadGrads()
-    assert lse.is_contiguous()
+    assert lse.is_contiguous() and all(x.is_contiguous() for x in start or ())
     dq, dkv = occupied(dq, S), occupied(dkv, Sk)
     u = unit(q, k, v, do, *views_of(dq, 0), *views_of(dkv, 0), *views_of(dkv, 1))
     rows = {"q": (q, "BLOCK_M"), "k": (k, "BLOCK_N"), "v": (v, "BLOCK_N"), "do": (do, "BLOCK_M")}
@@ -363,6 +372,9 @@ def attend_backward(
             **arguments(options, S, Sk, keys=True),
             n_spans=len(dkv),
             section=section(B * hkv, S * row_bytes * options.heads.group),
+            start_dk_ptr=start[0] if start else None,
+            start_dv_ptr=start[1] if start else None,
+            HAS_START=start is not None,
             DK_DTYPE=_dtype(dkv, 0),
             DV_DTYPE=_dtype(dkv, 1),
             **shapes,

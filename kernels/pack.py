@@ -229,11 +229,12 @@ def _pack_units(
 
 
 def qkv_places(rows: Sequence[QKVRows]) -> tuple[QKVPlace, ...]:
-    """(kind, first head, place) of all views in `rows`; kinds are 0 q, 1 k, 2 v."""
+    """(kind, first head, place) of all views in `rows` that have heads; kinds are 0 q, 1 k, 2 v."""
     return tuple(
         (kind, first, place(view))
         for r in rows
         for kind, first, view in ((0, r.q_head, r.q), (1, r.kv_head, r.k), (2, r.kv_head, r.v))
+        if view.shape[2]
     )
 
 

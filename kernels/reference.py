@@ -20,7 +20,9 @@ from . import signals
 from ._reference_attend import attend_backward, attend_forward, math_dtype
 from ._views import ORows, QKVRows, Transform
 
-__all__ = ["attend_backward", "attend_forward", "pack", "pack_grad", "signal", "unpack", "unpack_grad", "wait"]
+__all__ = [
+    "attend_backward", "attend_forward", "pack", "pack_grad", "poison", "signal", "unpack", "unpack_grad", "wait",
+]  # fmt: skip
 
 _BLOCK_ELEMENTS = 1 << 18  # 1 MB in fp32: smaller blocks pay more per call, larger ones leave the cache
 
@@ -42,13 +44,20 @@ def pack_grad(do: Tensor, o: Tensor | None, dlse: Tensor | None, to: Sequence[OR
     assert o is not None, "delta needs o"
     dtype = math_dtype(do)
     for block in _token_blocks(do):
-        delta = (do[:, block].to(dtype) * o[:, block].to(dtype)).sum(-1)  # [B, T, Hq]
-        if dlse is not None:
-            delta -= dlse[:, block]
         for rows in to:
             assert rows.stat is not None, "delta for all ranks or none"
-            stat = rows.stat[block]
-            stat.copy_(_heads(delta, rows.q_head, stat))
+            stat = rows.stat[block]  # [T, B, h]
+            b_do, b_o = (_heads(x[:, block], rows.q_head, stat).to(dtype) for x in (do, o))  # [T, B, h, Dv]
+            delta = (b_do * b_o).sum(-1)
+            stat.copy_(delta if dlse is None else delta - _heads(dlse[:, block], rows.q_head, stat))
+
+
+def poison(status: Tensor, rows: Tensor, number: int) -> None:
+    """Write `number` to `status[1]` (0: leave it), and 255 to every byte of `rows` if `status[0]` is set."""
+    if number:
+        status[1] = number
+    if status[0]:
+        rows.view(-1).view(torch.uint8).fill_(255)
 
 
 def unpack(rows: Sequence[ORows], out: Tensor, lse: Tensor | None) -> None:
@@ -78,10 +87,15 @@ def _pack_heads(x: Tensor, to: Sequence[tuple[int, Tensor]], tf: Transform, weig
         for head, view in to:
             view.copy_(_heads(x, head, view))
         return
+    wanted = sorted({head + i for head, view in to for i in range(view.shape[2])})
+    if not wanted:
+        return
+    if len(wanted) < x.shape[2]:
+        to = [(wanted.index(head), view) for head, view in to if view.shape[2]]
     dtype = math_dtype(x)
     w = None if weight is None else weight.to(dtype)
     for block in _token_blocks(x):
-        y = b_x = x[:, block].to(dtype)  # [B, T, H, D]
+        y = b_x = (x[:, block] if len(wanted) == x.shape[2] else x[:, block, wanted]).to(dtype)  # [B, T, H, D]
         if tf.cos is not None:
             y = _rotate(b_x, *_rotation(tf, block, x.shape[-1], dtype, w), tf)
         elif w is not None:

@@ -57,6 +57,7 @@ class Case:
     rope: int = 0
     interleaved: bool = False
     norm: bool = False
+    chunks: int = 1  # asked of the group
 
     @property
     def ranks(self) -> int:
@@ -343,7 +344,7 @@ def masking(attention: str, cross: bool, batch: int) -> st.SearchStrategy[dict[s
 def cases(draw: st.DrawFn, ranks: int, attentions: tuple[str, ...], max_tokens: int = 40) -> Case:
     """Cases for a number of ranks: shapes, heads, dtypes, shards, strides and options."""
     attention = draw(st.sampled_from(attentions))
-    per_rank = draw(st.integers(1, 3))
+    per_rank = draw(st.integers(1, 4))
     heads = ranks * per_rank
     kv_heads = draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0]))
     dim = draw(st.sampled_from([1, 3, 8, 16, 24, 33, 40, 50, 64, 100]))
@@ -384,4 +385,5 @@ def cases(draw: st.DrawFn, ranks: int, attentions: tuple[str, ...], max_tokens: 
         rope=draw(st.sampled_from([0, dim // 2 * 2, dim // 4 * 2])) if fused else 0,
         interleaved=draw(st.booleans()),
         norm=fused and dim > 1 and draw(st.booleans()),  # of one channel it is the sign, whose gradient is rounding
+        chunks=draw(st.sampled_from([1, 2, 3, 4])),
     )

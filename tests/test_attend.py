@@ -490,6 +490,32 @@ def test_results_do_not_depend_on_where_they_lie(launchers, dims: tuple[int, int
         assert torch.equal(whole[name][:, :, heads], one_group[name]), name
 
 
+@pytest.mark.parametrize("scale", [0.2, 0.0, -0.3], ids=str)
+@pytest.mark.parametrize("dims", [(32, 16), (33, 50)], ids=str)
+@pytest.mark.parametrize("launchers", [KERNELS, TWINS], ids=["triton", "reference"])
+def test_query_heads_of_a_kv_head_in_several_calls(launchers, dims: tuple[int, int], scale: float) -> None:
+    """dk and dv of the last call are those of all heads; everything else is the same bits as in one call."""
+    case = Case(S=40, Sk=50, B=2, hq=3, group=3, D=dims[0], Dv=dims[1], scale=scale, key_cuts=(30,))
+    memory = Memory(True)
+    p = problem(case, memory)
+    whole = run(launchers, case, p, memory)
+    dq = spans_of(memory, case.S, (), case.B, (case.hq, case.D, case.dtype))
+    dkv = spans_of(memory, case.Sk, case.key_cuts, case.B, (1, case.D, case.dtype), (1, case.Dv, case.dtype))
+    sums = tuple(torch.full((1, case.B, case.Sk, n), math.nan) for n in dims)
+    of_sums = [Span(0, tuple(x.permute(2, 1, 0, 3) for x in sums))]
+    for heads, into, start in ((slice(0, 1), of_sums, None), (slice(1, 3), dkv, sums)):
+        launchers[1](
+            p.q[:, :, heads], p.k, p.v, p.do[:, :, heads], p.lse[heads], p.delta[:, :, heads],
+            [Span(0, (dq[0].views[0][:, :, heads],))], into,
+            case.options._replace(heads=HeadMap(3, FIRST * 3 + heads.start)), start=start,
+        )  # fmt: skip
+    found = {"dq": joined(dq, 0), "dk": joined(dkv, 0), "dv": joined(dkv, 1)}
+    assert torch.equal(found["dq"], whole["dq"])
+    for name in ("dk", "dv"):
+        torch.testing.assert_close(found[name], whole[name], rtol=1e-5, atol=1e-5)
+    memory.assert_gaps_untouched()
+
+
 @given(
     S=st.integers(1, 80), Sk=st.integers(1, 80), hq=st.integers(1, 4), group=st.integers(1, 4),
     offset=st.integers(0, 3), D=st.sampled_from([1, 8, 24, 50, 64]), Dv=st.sampled_from([3, 8, 32]),

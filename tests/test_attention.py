@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from random import Random
 
 import oracle
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given, settings
-from layer import Case, cases, check, joined, run
+from layer import Case, cases, check, joined, run, whole_inputs
 
-from ulysses_triton import UlyssesGroup, run_virtual, ulysses_attention, ulysses_qkv_attention
+from ulysses_triton import OptionError, UlyssesGroup, local, run_virtual, ulysses_attention, ulysses_qkv_attention
 
 
 def on_process(ctx, case):
-    """The case on one real rank; the group is made at its first use and lives on, as a user's does."""
-    return run(case, ctx.rank, ctx.group)
+    """The case on one real rank; without chunks the group is made at its first use and lives on, as a user's does."""
+    if case.chunks == 1:
+        return run(case, ctx.rank, ctx.group)
+    with UlyssesGroup(ctx.group, chunks=case.chunks) as group:
+        return run(case, ctx.rank, group)
 
 
 def on_torch(ctx, case):
@@ -26,18 +33,24 @@ def on_torch(ctx, case):
 
 
 def virtually(case: Case) -> list:
-    return run_virtual(case.ranks, lambda group: run(case, group.rank, group))
+    return run_virtual(case.ranks, lambda group: run(case, group.rank, group), chunks=case.chunks)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "process"),
-    [(1, on_process), (2, on_process), (3, on_process), (4, on_process), (8, on_process), (2, on_torch), (4, on_torch)],
-)
-def test_processes_equal_one_device(pool, ranks, process):
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+def test_processes_equal_one_device(pool, ranks):
     @given(cases(ranks, ("reference", "aten", "callable"), max_tokens=40 if ranks < 8 else 12))
     def holds(case):
         case = callable_case(case) if case.attention == "callable" else case
-        check(case, pool.run(ranks, process, case))
+        check(case, pool.run(ranks, on_process, case))
+
+    holds()
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_processes_equal_one_device_over_all_to_alls(pool, ranks):
+    @given(cases(ranks, ("reference", "aten"), max_tokens=40))
+    def holds(case):
+        check(case, pool.run(ranks, on_torch, case))
 
     holds()
 
@@ -68,12 +81,12 @@ def sdpa(
     return out.transpose(1, 2)
 
 
-@pytest.mark.parametrize(("ranks", "process"), [(2, on_process), (3, on_process), (3, on_torch)])
-def test_triton_kernels_on_processes_equal_one_device(pool, ranks, process):
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_triton_kernels_on_processes_equal_one_device(pool, ranks):
     @settings(max_examples=4)
     @given(cases(ranks, ("triton",), max_tokens=24))
     def holds(case):
-        check(case, pool.run(ranks, process, case))
+        check(case, pool.run(ranks, on_process, case))
 
     holds()
 
@@ -145,11 +158,68 @@ def test_options_are_the_same_bits_for_every_number_of_ranks(pool, attention, op
         (case.on(2), on_torch),
         (case.on(4), on_process),
         (replace(case, lens=(1, 40, 0, 4)), on_process),
-        (replace(case, lens=(40, 0, 5)), on_torch),
+        (replace(case, lens=(0, 45)), on_torch),
     ):
         for results in (virtually(many), pool.run(many.ranks, process, many)):
             found = joined(many, results)
             assert all(torch.equal(one[name], found[name]) for name in ("out", "lse", "dq", "dk", "dv"))
+
+
+def hold_chunks(case: Case, results, chunks: tuple[int, ...] = (2, 3, 4)) -> None:
+    """`results` gives all ranks' of a case: in chunks the same bits, but for dk and dv of kv heads that chunks share.
+
+    Those differ by the order of fp32 sums, and with them what follows from dk.
+    """
+    one = joined(case, results(case))
+    whole = case.kv_heads // case.ranks
+    for number in chunks:
+        many = joined(case, results(replace(case, chunks=number)))
+        for name, expected in one.items():
+            if number > whole and name in ("dk", "dv", "dk_norm"):
+                rtol, atol = (2e-5, 1e-5) if case.dtype == "fp32" else (2e-2, 1e-2)  # of bf16: another rounding
+                torch.testing.assert_close(many[name], expected, rtol=rtol, atol=atol)
+            else:
+                assert torch.equal(many[name], expected), f"{name} in {number} chunks"
+
+
+HEADS = {"MHA": (8, 8), "GQA": (8, 4), "one kv head a rank": (8, 2), "MQA": (8, 1), "uneven GQA": (12, 3)}
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("attention", ["reference", "aten"])
+def test_chunks_are_the_same_bits(pool, attention, heads):
+    case = Case((13, 6), *HEADS[heads], batch=2, dtype="bf16", attention=attention)
+    hold_chunks(case, virtually)
+    hold_chunks(case, lambda case: pool.run(2, on_process, case))
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (8, 4), (4, 1)], ids=["MHA", "GQA", "MQA"])
+def test_chunks_of_the_kernels_are_the_same_bits(pool, heads):
+    case = Case((13, 6), *heads, attention="triton")
+    hold_chunks(case, virtually, (2, 4))
+    hold_chunks(case, lambda case: pool.run(2, on_process, case), (2,))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": (9, 3), "softcap": 2.0, "causal": False, "recompute": "exchange"},
+        {"dropout": 0.3, "sinks": True, "slopes": True, "return_lse": True},
+        {"documents": "runs", "mask": "gapped"},
+        {"mask": "ahead blocks", "dropout": 0.1, "return_lse": True, "recompute": "exchange"},
+        {"kv_lens": (4, 0, 20), "causal": False, "slopes": True, "value_dim": 17, "dim": 33},
+        {"fused": True, "rope": 8, "norm": True, "layout": "slice"},
+        {"dtype": "bf16", "fused": True, "rope": 16, "interleaved": True, "norm": True, "recompute": "exchange"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kv_heads", [3, 6], ids=["kv3", "kv6"])
+@pytest.mark.parametrize("attention", ["triton", "reference"])
+def test_options_are_the_same_bits_in_chunks(attention, kv_heads, options):
+    """Shards of different lengths, one of them empty; two chunks share a kv head, or have one each."""
+    case = Case((9, 0, 14), 6, kv_heads, attention=attention, **options)
+    hold_chunks(case, virtually, (2,))
+    check(replace(case, chunks=2), virtually(replace(case, chunks=2)))
 
 
 @pytest.mark.parametrize("attention", ["triton", "reference"])
@@ -276,9 +346,9 @@ def count_exchanges(ctx, exchange, case):
 
         return counted
 
-    with UlyssesGroup(ctx.group, exchange=exchange) as group:
+    with UlyssesGroup(ctx.group, exchange=exchange, chunks=case.chunks) as group:
         run(case, ctx.rank, group)  # whatever a first call sets up
-        group.control.gather = counting("control", group.control.gather)
+        group.control.begin_gather = counting("control", group.control.begin_gather)
         carrier, name = (dist, "all_to_all_single") if exchange == "torch" else (group.exchange.transport, "arrive")
         original = getattr(carrier, name)
         setattr(carrier, name, counting("data", original))
@@ -304,6 +374,122 @@ def test_one_exchange_in_and_one_out_per_direction(pool, exchange, changes, coll
         if "recompute" in changes:
             expected["exchange_in"] = 4
         assert counts == expected
+
+
+def counted(group, case):
+    run(case, group.rank, group)
+    return {name: n for name, n in group.counts.items() if name != "control"}, group.explain()
+
+
+@pytest.mark.parametrize("chunks", [2, 3])
+def test_every_chunk_has_its_exchanges(pool, chunks):
+    """4 C of them, or one-sided 3 C + 1: attention writes the output of all chunks straight to where it belongs."""
+    case = Case((8, 8), 8, 2, chunks=chunks)
+    for exchange, n in ("torch", 4 * chunks), ("shm", 3 * chunks + 1):
+        for seen, counts in pool.run(2, count_exchanges, exchange, case):
+            assert seen == {"data": n, "control": 2} and sum(counts.values()) == 2 * n + 4
+    for counts, text in run_virtual(2, lambda group: counted(group, case), chunks=chunks):
+        once = {"exchange_out": 1}
+        assert counts == dict.fromkeys(("exchange_in", "exchange_grad_in", "exchange_grad_out"), chunks) | once
+        assert f"chunks: {chunks} of each rank's heads (asked for: {chunks})" in text
+        assert "chunks of query heads 0..1" in text or chunks == 3
+    assert "chunks: 4 of each" in run_virtual(2, lambda group: counted(group, case), chunks=99)[0][1]
+
+
+@pytest.mark.parametrize("chunks", [0, -1, True, 1.5, "many", None], ids=str)
+def test_chunks_that_are_no_number_are_an_option_error(chunks):
+    with pytest.raises(OptionError, match="chunks = .*a number of at least 1, or .auto."):
+        UlyssesGroup(chunks=chunks)
+
+
+def in_other_chunks(ctx):
+    with UlyssesGroup(ctx.group, chunks=1 + ctx.rank) as group:
+        q = torch.randn(1, 4, 4, 16)
+        ulysses_attention(q, q, q, group)
+
+
+def test_ranks_agree_on_the_chunks(pool):
+    for failure in pool.run(2, in_other_chunks, expect_errors=True):
+        assert failure.kind == "ShapeError" and "chunks: rank 0 has 1, rank 1 has 2" in failure.message
+
+
+class Slow:
+    """An exchange whose hops travel for a while, one after the other, in a thread of its own."""
+
+    def __init__(self, exchange, seconds: Callable[[], float]) -> None:
+        self.exchange, self.seconds, self.travelling = exchange, seconds, ThreadPoolExecutor(1)
+        self.name, self.one_sided = exchange.name, exchange.one_sided
+
+    def open(self, messages, receive, send):
+        return SlowHop(self, self.exchange.open(messages, receive, send))
+
+    def close(self) -> None:
+        self.travelling.shutdown()
+        self.exchange.close()
+
+
+class SlowHop:
+    def __init__(self, exchange: Slow, hop) -> None:
+        self.exchange, self.hop, self.blocks, self.peers = exchange, hop, hop.blocks, hop.peers
+
+    def start(self) -> None:
+        self.sent = self.exchange.travelling.submit(self.travel)
+
+    def travel(self) -> None:
+        time.sleep(self.exchange.seconds())
+        self.hop.start()
+
+    def finish(self) -> None:
+        self.sent.result()
+        self.hop.finish()
+
+
+TRAVEL, ATTENTION = 0.05, 0.05  # seconds, of a chunk; far longer than what else a step takes
+
+
+def timed_with_slow_hops(ctx, chunks):
+    """Seconds of one forward whose hops and attention take a known time, and what it gave."""
+
+    def attend(*arguments, **options):
+        time.sleep(ATTENTION)
+        return attend_forward(*arguments, **options)
+
+    attend_forward = local.reference.attend_forward
+    local.reference.attend_forward = attend
+    try:
+        with UlyssesGroup(ctx.group, exchange="torch", chunks=chunks) as group:
+            q = whole_inputs(Case((8, 8), 8, 8))["q"].chunk(2, dim=1)[ctx.rank]
+            group.exchange = Slow(group.exchange, lambda: TRAVEL)
+            ulysses_attention(q, q, q, group, attention="reference")
+            dist.barrier(ctx.group)
+            begin = time.perf_counter()
+            out = ulysses_attention(q, q, q, group, attention="reference")
+            return time.perf_counter() - begin, out
+    finally:
+        local.reference.attend_forward = attend_forward
+
+
+def test_rows_travel_while_attention_computes(pool):
+    """With 4 chunks, 8 hops and 4 attentions would take 12 of these times in a row; hops alone take 8."""
+    chunks = 4
+    for seconds, out in pool.run(2, timed_with_slow_hops, chunks):
+        assert 2 * chunks * TRAVEL <= seconds < chunks * (2 * TRAVEL + ATTENTION) - 2 * ATTENTION
+        assert out.isfinite().all()
+
+
+def with_random_delays(group, case):
+    random = Random(group.rank)
+    group.exchange = Slow(group.exchange, lambda: random.uniform(0, 0.01))
+    return run(case, group.rank, group)
+
+
+@pytest.mark.parametrize("recompute", [None, "exchange"])
+def test_delays_change_nothing(recompute):
+    case = Case((5, 9, 2), 12, 3, dtype="bf16", return_lse=True, recompute=recompute, chunks=3)
+    expected = virtually(case)
+    results = run_virtual(3, lambda group: with_random_delays(group, case), chunks=3)
+    for a, b in zip(results, expected, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -149,6 +149,12 @@ def test_drawn_dropout_is_the_same_when_activations_are_computed_again(compiled)
             torch.testing.assert_close(plain, again)
 
 
+def test_chunks_are_in_the_graph_and_in_the_name_by_which_a_cached_graph_finds_its_group():
+    with UlyssesGroup(chunks=3) as group, UlyssesGroup(chunks=2) as other:
+        hold_compiled(group, "inductor", fused=True, checkpointing=True)
+        assert "in 3 chunks" in group.name and "in 2 chunks" in other.name
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_the_default_group_is_found_while_tracing(backend):
     hold_compiled(None, backend, fused=True, checkpointing=False)
@@ -196,8 +202,9 @@ def test_a_selective_policy_runs_the_forward_of_the_op_once(monkeypatch, compile
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_dynamic_shapes_need_no_other_graph():
-    with UlyssesGroup() as group:
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_dynamic_shapes_need_no_other_graph(chunks):
+    with UlyssesGroup(chunks=chunks) as group:
         model = Model(group, fused=False)
         counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
@@ -246,7 +253,7 @@ def test_a_new_abi_never_meets_the_backward_of_an_old_one(tmp_path):
 
 
 # What the backward of each ABI is: its source, the schemas, and the layout of the workspace.
-FINGERPRINTS = {1: "09f8ded4184017ee"}
+FINGERPRINTS = {1: "eb46564934381ef6"}
 
 
 def test_a_changed_backward_has_a_new_abi():

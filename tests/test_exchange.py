@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fake_nccl
 import fake_symm
 import pytest
 import torch
@@ -61,6 +62,8 @@ def on_a_process(ctx, name, work, *arguments):
 
 def on_exchange(name, pool, work, *arguments):
     """What `work(group, *arguments)` returns on three ranks of an exchange."""
+    if name == "nccl":
+        return fake_nccl.run(3, lambda g: work(g, *arguments))
     if name == "symm":
         return fake_symm.run(3, work, *arguments)
     if name == "virtual":
@@ -68,7 +71,8 @@ def on_exchange(name, pool, work, *arguments):
     return pool.run(3, on_a_process, name, work, *arguments)
 
 
-every_exchange = pytest.mark.parametrize("name", ["torch", "shm", "symm", "virtual"])
+# nccl and symm: their own code over fakes of NCCL, CUDA's streams and symmetric memory
+every_exchange = pytest.mark.parametrize("name", ["torch", "shm", "nccl", "symm", "virtual"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -140,6 +144,13 @@ def gathers(group):
         found = group.control.gather(bytes([group.rank, number]))
         if found != [bytes([rank, number]) for rank in range(group.size)]:
             return found
+    first, second = (group.control.begin_gather(bytes([group.rank, number])) for number in (7, 8))
+    between = group.control.gather(bytes([group.rank]))
+    if between != [bytes([rank]) for rank in range(group.size)]:
+        return between
+    for take, number in ((first, 7), (second, 8)):
+        if take() != [bytes([rank, number]) for rank in range(group.size)]:
+            return number
     group.control.tell(f"word of {group.rank}")
     return group.control.hear(5.0) == {rank: f"word of {rank}" for rank in range(group.size)}
 

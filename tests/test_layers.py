@@ -38,11 +38,13 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "kernels.signals",
         "kernels.unpack",
     ),
-    "values": ("errors", "masks", "placement", "schedule", "spec"),
+    "values": ("cost", "errors", "masks", "placement", "schedule", "spec", "timeline", "timeline_svg"),
     "exchange": (
         "exchange",
         "exchange.base",
+        "exchange.cuda",
         "exchange.nccl",
+        "exchange.nccl_library",
         "exchange.one_sided",
         "exchange.pool",
         "exchange.shared_pool",
@@ -53,18 +55,19 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "exchange.torch_dist",
         "exchange.unix_socket",
         "exchange.virtual",
+        "exchange.watchdog",
     ),
-    "engine": ("call", "executor", "group", "halves", "local", "memo", "op"),
+    "engine": ("call", "executor", "group", "halves", "layout", "local", "memo", "op", "tracing"),
     "face": (
         "",  # __init__
         "__main__",
         "api",
         "case",
         "cli",
-        "cost",
         "machine",
         "packed",
         "shard",
+        "timeline_command",
         "trial",
         "trial_options",
         "truth",
@@ -75,7 +78,15 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "training.*",
     ),
 }
-WITHOUT_TORCH = ("errors", "placement", "schedule", "spec")  # pure Python, but for types
+WITHOUT_TORCH = (
+    "cost",
+    "errors",
+    "placement",
+    "schedule",
+    "spec",
+    "timeline",
+    "timeline_svg",
+)  # pure Python, but for types
 OPTIONAL = {"accelerate", "cupy", "kernels", "matplotlib", "tqdm", "transformers"}
 
 

@@ -199,12 +199,20 @@ def test_a_buffer_returns_when_its_last_tensor_is_gone_and_not_before():
     assert pool.take((1500, 2), torch.float32, cpu).data_ptr() == pointer, "it is free now"
 
 
-def test_the_pool_keeps_no_more_than_was_needed_at_once():
+def test_the_pool_keeps_no_more_than_twice_what_was_needed_at_once():
+    """And gives up the sizes that were not asked for the longest."""
     pool, cpu = Pool(), torch.device("cpu")
-    for size in range(1 << 16, 1 << 20, 1 << 16):
+    sizes = range(1 << 16, 1 << 20, 1 << 16)
+    for size in sizes:
         pool.take((size,), torch.uint8, cpu)
     pool._settle()
-    assert pool.free <= size_class(1 << 20)
+    assert size_class(1 << 20) < pool.free <= 2 * size_class(1 << 20)
+    free = pool.free
+    for _ in range(3):
+        pool.take((sizes[-1],), torch.uint8, cpu)
+        pool._settle()
+        assert pool.free == free
+    assert size_class(sizes[0]) not in pool._blocks and size_class(sizes[-2]) in pool._blocks
 
 
 @pytest.mark.parametrize("size", [1, 4095, 4096, 4097, 100_000, 2**20, 2**20 + 1, 10**9])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ulysses_triton.errors import DtypeError, OptionError, ShapeError
-from ulysses_triton.placement import inbound, outbound, place
+from ulysses_triton.placement import chunk_count, inbound, outbound, place
 from ulysses_triton.spec import Problem, differences
 
 
@@ -33,6 +35,7 @@ def problems(draw: st.DrawFn) -> Problem:
         value_dim=draw(st.sampled_from([1, 8, 50, 64])),
         dtype=draw(st.sampled_from(["float32", "bfloat16", "float16", "float64"])),
         return_lse=draw(st.booleans()),
+        chunks=draw(st.integers(1, heads // ranks)),
     )
 
 
@@ -51,8 +54,8 @@ def test_every_query_head_once_beside_its_kv_head(p):
 @given(problems())
 def test_fields_fill_rows_without_overlap_and_rows_are_aligned(p):
     placement = place(p)
-    for sections in (placement.qkv, placement.out, placement.grad_out, placement.grad_qkv):
-        for section in sections:
+    for chunk in placement.chunks:
+        for section in (*chunk.qkv, *chunk.out, *chunk.grad_out, *chunk.grad_qkv):
             for row in section.rows:
                 stop = 0
                 for field in row.fields:
@@ -65,8 +68,11 @@ def test_fields_fill_rows_without_overlap_and_rows_are_aligned(p):
 @given(problems())
 def test_what_one_rank_sends_is_what_the_other_receives_and_blocks_tile_the_buffer(p):
     placement = place(p)
-    for direction, sections in ((inbound, placement.qkv), (outbound, placement.out), (outbound, placement.grad_qkv)):
-        for section in sections:
+    for chunk in placement.chunks:
+        for direction, section in (
+            *((inbound, section) for section in (*chunk.qkv, *chunk.grad_out)),
+            *((outbound, section) for section in (*chunk.out, *chunk.grad_qkv)),
+        ):
             messages = [direction(section, p.batch, rank) for rank in range(p.ranks)]
             for to, receiver in enumerate(messages):
                 stop = 0
@@ -77,18 +83,69 @@ def test_what_one_rank_sends_is_what_the_other_receives_and_blocks_tile_the_buff
                 assert [sender.send[to] for sender in messages] == list(receiver.receive)
 
 
+@given(problems())
+def test_chunks_cover_a_rank_in_order_and_carry_each_kv_head_once(p):
+    placement = place(p)
+    assert len(placement.chunks) == p.chunks
+    for rank, whole in enumerate(placement.shares):
+        parts = [chunk.shares[rank] for chunk in placement.chunks]
+        assert [h for s in parts for h in range(s.q_start, s.q_stop)] == list(range(whole.q_start, whole.q_stop))
+        assert all(s.q_heads and s.kv_heads for s in parts)
+        for s in parts:
+            assert (s.kv_start, s.kv_stop) == (s.q_start // placement.group, (s.q_stop - 1) // placement.group + 1)
+        names = ["q", "k", "v"]
+        for direction, carriers in (("qkv", "holders"), ("grad_qkv", "senders")):
+            carried = []
+            for c, (chunk, s) in enumerate(zip(placement.chunks, parts, strict=True)):
+                carrier = getattr(chunk, carriers)[rank]
+                found = {f.name: f.heads for x in getattr(chunk, direction) for f in x.rows[rank].fields}
+                assert list(found) == (names if carrier == c else ["q"]) and found["q"] == s.q_heads
+                assert parts[carrier].kv_start == s.kv_start and parts[carrier].kv_stop == s.kv_stop
+                assert carrier <= c if carriers == "holders" else carrier >= c
+                carried += list(range(s.kv_start, s.kv_stop)) * (carrier == c)
+            assert carried == list(range(whole.kv_start, whole.kv_stop)), "each once, in order"
+        assert sum(chunk.out[0].rows[rank].fields[0].heads for chunk in placement.chunks) == whole.q_heads
+
+
+@given(problems(), st.integers(1, 9))
+def test_chunks_are_those_asked_for_as_far_as_every_rank_has_a_query_head(p, asked):
+    assert chunk_count(p, asked) == min(asked, p.heads // p.ranks)
+    assert chunk_count(p, "auto") == 1
+    assert chunk_count(replace(p, attention="callable"), asked) == 1
+
+
+def test_the_chunks_in_the_example_of_the_module():
+    def chunks(n: int) -> list[str]:
+        placement = place(problem(lens=(4,), kv_lens=(4,), heads=8, kv_heads=2, chunks=n))
+        rows = [[f"{f.name} {f.heads}" for f in chunk.qkv[0].rows[0].fields] for chunk in placement.chunks]
+        return [", ".join(row) for row in rows]
+
+    assert chunks(2) == ["q 4, k 1, v 1", "q 4, k 1, v 1"]
+    assert chunks(3) == ["q 2, k 1, v 1", "q 2", "q 4, k 1, v 1"]
+    placement = place(problem(lens=(4,), kv_lens=(4,), heads=8, kv_heads=2, chunks=3))
+    assert [chunk.holders for chunk in placement.chunks] == [(0,), (0,), (2,)]
+    assert [chunk.senders for chunk in placement.chunks] == [(1,), (1,), (2,)]
+    assert "chunks of query heads 0..1, 2..3, 4..7" in placement.explain()
+
+
+def test_a_section_that_nobody_has_heads_for_is_left_out():
+    placement = place(problem(lens=(4, 4), kv_lens=(3, 3), heads=4, kv_heads=1, chunks=2))
+    assert [len(chunk.qkv) for chunk in placement.chunks] == [2, 1]
+    assert [len(chunk.grad_qkv) for chunk in placement.chunks] == [1, 2]
+
+
 def test_partial_kv_gradients_travel_as_fp32_and_whole_ones_in_their_dtype():
     whole, partial = place(problem()), place(problem(kv_heads=1))
-    assert [f.width for f in whole.grad_qkv[0].rows[0].fields] == [1, 1, 1]
-    assert [f.width for f in partial.grad_qkv[0].rows[0].fields] == [1, 2, 2]
+    assert [f.width for f in whole.chunks[0].grad_qkv[0].rows[0].fields] == [1, 1, 1]
+    assert [f.width for f in partial.chunks[0].grad_qkv[0].rows[0].fields] == [1, 2, 2]
 
 
 def test_the_rank_in_the_example_of_the_module():
     placement = place(problem(lens=(4,) * 6, kv_lens=(4,) * 6, heads=12, kv_heads=4))
     assert placement.shares[1] == (2, 4, 0, 2)
-    assert placement.qkv[0].rows[1].width == 384
+    assert placement.chunks[0].qkv[0].rows[1].width == 384
     padded = place(problem(lens=(4,) * 6, kv_lens=(4,) * 6, heads=12, kv_heads=4, head_dim=33))
-    assert [(f.stride, f.offset) for f in padded.qkv[0].rows[1].fields] == [(40, 0), (40, 80), (64, 160)]
+    assert [(f.stride, f.offset) for f in padded.chunks[0].qkv[0].rows[1].fields] == [(40, 0), (40, 80), (64, 160)]
 
 
 def test_heads_that_ranks_do_not_divide_name_the_group_sizes_that_fit():

@@ -62,3 +62,19 @@ def test_every_name_that_the_guides_import_exists():
     names = {name.strip() for line in lines for name in line.split(",")}
     assert {"ulysses_attention", "shard_sequence", "token_mean"} <= names
     assert [name for name in names if not hasattr(ulysses_triton, name)] == []
+
+
+def test_the_trace_example_runs(tmp_path, monkeypatch, capsys):
+    import torch
+
+    import ulysses_triton
+
+    (source,) = re.findall(
+        r"```python\n(with ulysses_triton.trace\(\).*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )
+    monkeypatch.chdir(tmp_path)
+    q, k, v = (torch.randn(1, 64, heads, 16, requires_grad=True) for heads in (4, 2, 2))
+    names = {"ulysses_triton": ulysses_triton, "ulysses_attention": ulysses_triton.ulysses_attention, "group": None}
+    exec(source, names | {"q": q, "k": k, "v": v})
+    assert "exposed exchange 0.0" in capsys.readouterr().out
+    assert {p.name for p in tmp_path.iterdir()} == {"trace.json", "timeline.svg"}

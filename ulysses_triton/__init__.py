@@ -14,6 +14,7 @@ from .errors import (
 )
 from .group import UlyssesGroup, run_virtual
 from .shard import count_tokens, gather_sequence, shard_lens, shard_sequence, token_mean
+from .tracing import trace
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "shard_lens",
     "shard_sequence",
     "token_mean",
+    "trace",
     "ulysses_attention",
     "ulysses_qkv_attention",
 ]

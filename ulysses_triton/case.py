@@ -114,7 +114,14 @@ class Case:
             raise OptionError(f"--documents {self.documents}; it must be at least 3: one is empty, one a single token")
         if self.fused and self.value_dim != self.head_dim:
             raise OptionError("--rope and --qk-norm need equal --head-dim and --value-dim: q, k and v are one tensor")
-        found = Problem(
+        found = self.problem(device)
+        found.check()
+        place(found)
+        choose(found)
+
+    def problem(self, device: str) -> Problem:
+        """What this layer asks for, with gradients, of tensors on a device type."""
+        return Problem(
             batch=self.batch, lens=self.lens, kv_lens=self.lens, heads=self.heads, kv_heads=self.kv_heads,
             head_dim=self.head_dim, value_dim=self.value_dim, dtype=str(self.torch_dtype).removeprefix("torch."),
             device=device, causal=self.causal, scale=self.scale, window=self.window, softcap=self.softcap,
@@ -122,9 +129,6 @@ class Case:
             rope_dim=self.head_dim if self.rope else 0, q_norm=self.qk_norm, k_norm=self.qk_norm,
             attention=self.attention, recompute=self.recompute, grad=True,
         )  # fmt: skip
-        found.check()
-        place(found)
-        choose(found)
 
     def __str__(self) -> str:
         lens = f"{self.lens[0]} each" if len(set(self.lens)) == 1 else f"in shards of {', '.join(map(str, self.lens))}"

@@ -1,40 +1,28 @@
-"""Runs the steps of a schedule for one layer on one rank: buffers, views, kernels and the exchange, put together.
+"""Runs the steps of a schedule for one layer on one rank: buffers, kernels and the exchange, put together.
 
-`forward` and `backward` are what the op calls. Everything here is about where things lie; what is computed is the
-kernels', which heads are whose is the placement's, and in which order is the schedule's.
+`forward` and `backward` are what the op calls. What is computed is the kernels', which heads are whose is the
+placement's, where they lie is the layout's, and in which order is the schedule's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import schedule
+from . import layout, schedule
 from .exchange.base import Hop
 from .group import UlyssesGroup
 from .kernels._blocks import combine, lists
-from .kernels._views import (
-    Blocks,
-    Documents,
-    Dropout,
-    HeadGrads,
-    HeadMap,
-    Options,
-    ORows,
-    Predicate,
-    QKVRows,
-    Span,
-    Transform,
-)
+from .kernels._views import Blocks, Documents, Dropout, HeadGrads, HeadMap, Options, Predicate, Span, Transform
+from .layout import workspace
 from .local import choose
-from .placement import Field, Message, Placement, Row, Section, inbound, outbound, place, round_up
+from .placement import Message, Section, inbound, outbound, place
+from .schedule import Which
 from .spec import Problem
-
-_ALIGN = 64  # bytes between the regions of a workspace
 
 
 class Inputs(NamedTuple):
@@ -67,44 +55,11 @@ class SmallGrads(NamedTuple):
     slopes: Tensor | None = None  # [Hq]
 
 
-class Workspace(NamedTuple):
-    """What forward keeps for backward, as byte ranges of one buffer; O in head layout is for aten only."""
-
-    sections: tuple[slice, ...]
-    lse: slice
-    output: slice
-    size: int
-
-
-def workspace(problem: Problem, rank: int) -> Workspace:
-    """The workspace of a problem on one rank. Ranges that backward does not need are empty."""
-    placement, local = place(problem), choose(problem)
-    share = placement.shares[rank]
-    stop = 0
-
-    def region(size: int) -> slice:
-        nonlocal stop
-        start = round_up(stop, _ALIGN)
-        stop = start + size
-        return slice(start, stop)
-
-    grad = problem.grad and problem.attention != "callable"  # around a callable, autograd itself keeps the rows
-    keep_rows = grad and not problem.recompute
-    sections = tuple(
-        region(sum(s.lens) * problem.batch * s.rows[rank].width * problem.item_size * keep_rows) for s in placement.qkv
-    )
-    stat_size = problem.item_size * problem.stat_width
-    lse = region(share.q_heads * problem.batch * problem.seq * stat_size * grad)
-    out = placement.out[0].rows[rank].width * problem.batch * problem.seq * problem.item_size
-    output = region(out * (grad and local.keeps_output))
-    return Workspace(sections, lse, output, stop)
-
-
 def forward(problem: Problem, group: UlyssesGroup, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of one layer: (out `[B, L, Hq, Dv]`, LSE `[B, L, Hq]` or empty, workspace bytes or empty)."""
     run = _Run(problem, group, inputs)
     run.saved = group.pool.take((run.space.size,), torch.uint8, inputs.q.device)
-    run.all(schedule.forward(group.exchange.one_sided))
+    run.all(schedule.forward(group.exchange.one_sided, problem.chunks))
     assert run.out is not None
     return run.out, run.user_lse, run.saved
 
@@ -127,8 +82,10 @@ def backward(
     """
     run = _Run(problem, group, inputs)
     run.saved, run.grads, run.out, run.dout, run.dlse = saved, grads, out, dout, dlse
-    run.head_grads = HeadGrads(run.per_head(inputs.sinks), run.per_head(inputs.slopes if slopes else None))
-    run.all(schedule.backward(problem.recompute))
+    mine = run.placement.shares[group.rank]
+    asked = (inputs.sinks, inputs.slopes if slopes else None)
+    run.head_grads = HeadGrads(*(run.per_head(given, mine.q_start, mine.q_stop) for given in asked))
+    run.all(schedule.backward(problem.recompute, problem.chunks))
     return SmallGrads(*run.norm_grads, *map(run.of_all_heads, run.head_grads))
 
 
@@ -137,9 +94,8 @@ def exchange_in(problem: Problem, group: UlyssesGroup, inputs: Inputs) -> list[T
     run = _Run(problem, group, inputs)
     run.saved = torch.empty(0, dtype=torch.uint8, device=run.device)
     run.all(schedule.IN)
-    sections, rank = run.placement.qkv, group.rank
-    received = zip(run.received["exchange_in"], sections, strict=True)
-    return [_tidied(rows, sum(s.lens), problem.batch, s.rows[rank]) for rows, s in received]
+    received = zip(run.received["exchange_in", 0], run.chunks[0].qkv, strict=True)
+    return [layout.tidied(rows, sum(s.lens), problem.batch, s.rows[group.rank]) for rows, s in received]
 
 
 def exchange_in_backward(
@@ -147,9 +103,9 @@ def exchange_in_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the received rows, sent back, summed over the ranks that shared a kv head, and un-transformed."""
     run = _Run(problem, group, inputs)
-    run.placement = replace(run.placement, grad_qkv=run.placement.qkv)
+    sections = run.chunks[0].qkv
+    run.chunks = (run.chunks[0]._replace(grad_qkv=sections),)
     run.grads = grads
-    sections = run.placement.grad_qkv
     run.send("exchange_grad_out", outbound, sections, rows[: len(sections)])
     run.all(schedule.IN_BACKWARD)
     return run.norm_grads
@@ -158,7 +114,7 @@ def exchange_in_backward(
 def exchange_out(problem: Problem, group: UlyssesGroup, inputs: Inputs, rows: Tensor) -> Tensor:
     """The outbound half alone: rows `[S, B, row]` of O in head layout to out `[B, L, Hq, Dv]`."""
     run = _Run(problem, group, inputs)
-    run.send("exchange_out", outbound, run.placement.out, [rows])
+    run.send("exchange_out", outbound, run.chunks[0].out, [rows])
     run.all(schedule.OUT)
     assert run.out is not None
     return run.out
@@ -169,25 +125,12 @@ def exchange_out_backward(problem: Problem, group: UlyssesGroup, inputs: Inputs,
     run = _Run(problem, group, inputs)
     run.dout, run.out, run.dlse = dout, None, None
     run.all(schedule.OUT_BACKWARD)
-    row = run.placement.out[0].rows[group.rank]
-    return run.received["exchange_grad_in"][0].view(problem.seq, problem.batch, row.width)
-
-
-def views_of_rows(problem: Problem, rank: int, received: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """q `[S, B, hq, D]`, k `[Sk, B, hkv, D]` and v `[Sk, B, hkv, Dv]` of a rank's heads, in the rows it received."""
-    views: dict[str, Tensor] = {}
-    for rows, section in zip(received, place(problem).qkv, strict=True):
-        views |= _view(rows, sum(section.lens), problem.batch, section.rows[rank], torch.float32)
-    return views["q"], views["k"], views["v"]
-
-
-def o_of_rows(problem: Problem, rank: int, rows: Tensor) -> Tensor:
-    """O (or its gradient) `[S, B, hq, Dv]` of a rank's heads, in rows `[S, B, row]` in head layout."""
-    return _view(rows, problem.seq, problem.batch, place(problem).out[0].rows[rank], torch.float32)["o"]
+    row = run.chunks[0].out[0].rows[group.rank]
+    return run.received["exchange_grad_in", 0][0].view(problem.seq, problem.batch, row.width)
 
 
 class _Run:
-    """One pass over a schedule: what the steps hand to each other."""
+    """One pass over a schedule: what the steps hand to each other. Steps of a chunk get its number."""
 
     out: Tensor | None
     user_lse: Tensor
@@ -197,75 +140,85 @@ class _Run:
     dlse: Tensor | None
     norm_grads: tuple[Tensor | None, Tensor | None]
     head_grads: HeadGrads
+    sums: tuple[Tensor, Tensor] | None = None  # dk and dv of the kv head that the next chunk works with, too
 
     def __init__(self, problem: Problem, group: UlyssesGroup, inputs: Inputs) -> None:
-        self.problem, self.group, self.inputs = problem, group, inputs
-        self.placement: Placement = place(problem)
+        self.problem, self.group, self.inputs, self.rank = problem, group, inputs, group.rank
+        self.placement = place(problem)
+        self.chunks = self.placement.chunks
         self.local = choose(problem)
-        self.share = self.placement.shares[group.rank]
         self.space = workspace(problem, group.rank)
         self.device, self.dtype = inputs.q.device, inputs.q.dtype
-        self.stat_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        self.hops: dict[str, Hop] = {}
-        self.received: dict[str, list[Tensor]] = {}
+        self.stat_dtype = layout.stat_dtype(problem)
+        self.hops: dict[Which, Hop] = {}  # opened and not yet finished
+        self.received: dict[Which, list[Tensor]] = {}
         group.note(self.local, self.placement)
 
     def all(self, steps: Sequence[schedule.Step]) -> None:
-        actions: dict[str, Callable[[], None]] = {
+        """Run `steps`: an exchange starts where it stands and is finished ahead of the first step that waits for it."""
+        actions: dict[str, Callable[[int], None]] = {
             "pack": self._pack,
             "attend": self._attend,
-            "unpack": self._unpack,
+            "unpack": lambda _: self._unpack(),
             "pack_grad": self._pack_grad,
             "attend_backward": self._attend_backward,
-            "unpack_grad": self._unpack_grad,
+            "unpack_grad": lambda _: self._unpack_grad(),
         }
+        recorder = self.group.recorder
         for step in steps:
+            for awaited in step.after:
+                if awaited in self.hops:
+                    self._finish(*awaited)
             if step.stream == "exchange":
-                self._finish(step.name)
+                self._start(*step.which)
+            elif recorder is None:
+                actions[step.name](step.chunk)
             else:
-                actions[step.name]()
+                with recorder.step(self.group, step, self.device):
+                    actions[step.name](step.chunk)
+        for under_way in list(self.hops):
+            self._finish(*under_way)
 
     # -- forward
 
-    def _pack(self) -> None:
-        sections = self.placement.qkv
-        kept = [self.saved[region].view(self.dtype) for region in self.space.sections]
+    def _pack(self, c: int) -> None:
+        sections = self.chunks[c].qkv
+        kept = [self.saved[region].view(self.dtype) for region in self.space.sections[c]]
         receive = [
             mine if mine.numel() else self._take(sum(message.receive))
             for mine, message in zip(kept, self._messages(inbound, sections), strict=True)
         ]
-        hop = self._open("exchange_in", inbound, sections, receive)
-        self.local.pack(*self.inputs[:3], self._qkv_rows(hop.blocks, sections), self.inputs.transform)
+        hop = self._open("exchange_in", c, inbound, sections, receive)
+        rows = layout.qkv_rows(self.problem, self.rank, self.chunks[c], sections, hop.blocks)
+        self.local.pack(*self.inputs[:3], list(rows), self.inputs.transform)
 
-    def _attend(self) -> None:
-        p, rank = self.problem, self.group.rank
-        section = self.placement.out[0]
-        head_lse = self._head_lse(self.saved) if p.grad else None
-        kept = self.saved[self.space.output].view(self.dtype)
+    def _attend(self, c: int) -> None:
+        p, sections = self.problem, self.chunks[c].out
+        kept = self.saved[self.space.outputs[c]].view(self.dtype)
         if self.group.exchange.one_sided:
-            spans = self._straight_out(section)
+            spans = self._straight_out(c)
             if kept.numel():
-                spans.append(Span(0, (_view(kept, p.seq, p.batch, section.rows[rank], self.stat_dtype)["o"], None)))
+                spans += layout.spans(p, self.rank, sections[0], [kept], ("o", "stat"))
         else:
-            send = kept if kept.numel() else self._take(p.seq * p.batch * section.rows[rank].width)
-            message = self._messages(outbound, [section])[0]
-            self._open("exchange_out", outbound, [section], [self._take(sum(message.receive))], [send])
-            views = _view(send, p.seq, p.batch, section.rows[rank], self.stat_dtype)
-            spans = [Span(0, (views["o"], views["stat"].squeeze(-1) if p.return_lse else None))]
-        self.local.attend_forward(*self._qkv(), spans, head_lse, self._options())
+            receive = [self._take(sum(message.receive)) for message in self._messages(outbound, sections)]
+            send = [kept] if kept.numel() else None  # what is kept is what travels
+            hop = self._open("exchange_out", c, outbound, sections, receive, send)
+            spans = layout.spans(p, self.rank, sections[0], send or hop.blocks[0], ("o", "stat"))
+        lse = self._head_lse(c) if p.grad else None
+        self.local.attend_forward(*self._qkv(c), spans, lse, self._options(c))
 
-    def _straight_out(self, section: Section) -> list[Span]:
-        """Allocate the results and offer them to the peers; where each rank's tokens go, in their final layout."""
-        p, share = self.problem, self.share
-        tokens = p.lens[self.group.rank]
-        self.out = self.group.pool.take((p.batch, tokens, p.heads, p.value_dim), self.dtype, self.device)
-        lse_shape = (p.batch, tokens, p.heads) if p.return_lse else (0,)
-        self.user_lse = self.group.pool.take(lse_shape, self.stat_dtype, self.device)
-        nothing = Message(*[(0,) * p.ranks] * 3)  # nobody sends blocks: rows are written where they belong
-        with self.group.step("exchange_out"):
-            hop = self.group.exchange.open([nothing, nothing], [self.out, self.user_lse], [None, None])
-        self._remember("exchange_out", hop, [self.out])
-        assert hop.peers is not None
+    def _straight_out(self, c: int) -> list[Span]:
+        """Where a chunk's results go at each rank, in their final layout; the first one offers mine to the peers."""
+        p, share = self.problem, self.chunks[c].shares[self.rank]
+        if ("exchange_out", 0) not in self.hops:
+            results = self._new_results()
+            nothing = Message(*[(0,) * p.ranks] * 3)  # nobody sends blocks: rows are written where they belong
+            with self.group.step("exchange_out"):
+                hop = self.group.exchange.open([nothing] * 2, results, [None] * 2)
+            written = self.placement.shares[self.rank].q_heads / p.heads
+            self.hops["exchange_out", 0] = self._watched("exchange_out", 0, hop, hop.peers, written)
+        peers = self.hops["exchange_out", 0].peers
+        assert peers is not None
         heads = slice(share.q_start, share.q_stop)
         return [
             Span(
@@ -275,55 +228,81 @@ class _Run:
                     lse.view(p.batch, n, p.heads).transpose(0, 1)[:, :, heads] if p.return_lse else None,
                 ),
             )
-            for start, n, o, lse in zip(_starts(p.lens), p.lens, *hop.peers, strict=True)
+            for start, n, o, lse in zip(layout.starts(p.lens), p.lens, *peers, strict=True)
         ]
+
+    def _new_results(self) -> list[Tensor]:
+        p = self.problem
+        shape = (p.batch, p.lens[self.rank], p.heads, p.value_dim)
+        self.out = self.group.pool.take(shape, self.dtype, self.device)
+        self.user_lse = self.group.pool.take(shape[:3] if p.return_lse else (0,), self.stat_dtype, self.device)
+        return [self.out, self.user_lse]
 
     def _unpack(self) -> None:
         p = self.problem
-        shape = (p.batch, p.lens[self.group.rank], p.heads, p.value_dim)
-        self.out = self.group.pool.take(shape, self.dtype, self.device)
-        lse_shape = shape[:3] if p.return_lse else (0,)
-        self.user_lse = self.group.pool.take(lse_shape, self.stat_dtype, self.device)
-        rows = self._o_rows(self._blocks("exchange_out", self.placement.out), self.placement.out[0])
-        self.local.unpack(rows, self.out, self.user_lse if p.return_lse else None)
+        out, lse = self._new_results()
+        rows = [
+            row
+            for c, chunk in enumerate(self.chunks)
+            for row in layout.o_rows(p, self.rank, chunk, chunk.out[0], self._arrived("exchange_out", c, chunk.out)[0])
+        ]
+        self.local.unpack(rows, out, lse if p.return_lse else None)
 
     # -- backward
 
-    def _pack_grad(self) -> None:
-        sections = self.placement.grad_out
+    def _pack_grad(self, c: int) -> None:
+        sections = self.chunks[c].grad_out
         message = self._messages(inbound, sections)[0]
-        hop = self._open("exchange_grad_in", inbound, sections, [self._take(sum(message.receive))])
-        rows = self._o_rows(hop.blocks[0], sections[0])
+        hop = self._open("exchange_grad_in", c, inbound, sections, [self._take(sum(message.receive))])
+        rows = list(layout.o_rows(self.problem, self.rank, self.chunks[c], sections[0], hop.blocks[0]))
         self.local.pack_grad(self.dout, self.out if self.problem.sends_delta else None, self.dlse, rows)
 
-    def _attend_backward(self) -> None:
-        p, rank = self.problem, self.group.rank
-        (received,), section = self.received["exchange_grad_in"], self.placement.grad_out[0]
-        views = _view(received, p.seq, p.batch, section.rows[rank], self.stat_dtype)
+    def _attend_backward(self, c: int) -> None:
+        p, chunk, rank = self.problem, self.chunks[c], self.rank
+        (received,) = self.received["exchange_grad_in", c]
+        views = layout.fields(p, chunk.grad_out[0].rows[rank], received, p.seq)
         if self.local.keeps_output:
-            kept = self.saved[self.space.output].view(self.dtype)
-            extra = _view(kept, p.seq, p.batch, self.placement.out[0].rows[rank], self.stat_dtype)["o"]
+            kept = self.saved[self.space.outputs[c]].view(self.dtype)
+            extra = layout.fields(p, chunk.out[0].rows[rank], kept, p.seq)["o"]
         else:
-            extra = views["stat"].squeeze(-1)
-        sections = self.placement.grad_qkv
-        messages = self._messages(outbound, sections)
-        receive = [self._take(sum(message.receive)) for message in messages]
-        one_sided = self.group.exchange.one_sided
-        send = None if one_sided else [self._take(sum(message.send)) for message in messages]
-        hop = self._open("exchange_grad_out", outbound, sections, receive, send)
-        blocks = hop.blocks if send is None else [[buffer] for buffer in send]
-        dq = self._spans(blocks[0], sections[0], ("q",))
-        dkv = self._spans(blocks[-1], sections[-1], ("k", "v"))
-        lse = self._head_lse(self.saved)
-        self.local.attend_backward(*self._qkv(), views["o"], lse, extra, dq, dkv, self._options(), self.head_grads)
+            extra = views["stat"]
+        sections = chunk.grad_qkv
+        receive = [self._take(sum(message.receive)) for message in self._messages(outbound, sections)]
+        hop = self._open("exchange_grad_out", c, outbound, sections, receive)
+        dq = layout.spans(p, rank, sections[0], hop.blocks[0], ("q",))
+        start = self.sums
+        if chunk.senders[rank] == c:
+            self.sums = None
+            dkv = layout.spans(p, rank, sections[-1], hop.blocks[-1], ("k", "v"))
+        else:
+            self.sums = dk, dv = self._new_sums(chunk.shares[rank].kv_heads)
+            dkv = [Span(0, (dk.permute(2, 1, 0, 3), dv.permute(2, 1, 0, 3)))]
+        lse, options, heads = (
+            self._head_lse(c),
+            self._options(c),
+            HeadGrads(*(self._part(c, g) for g in self.head_grads)),
+        )
+        self.local.attend_backward(*self._qkv(c), views["o"], lse, extra, dq, dkv, options, heads, start)
+
+    def _new_sums(self, kv_heads: int) -> tuple[Tensor, Tensor]:
+        p = self.problem
+        shape = (kv_heads, p.batch, p.kv_seq)
+        dk, dv = (self.group.pool.take((*shape, n), self.stat_dtype, self.device) for n in (p.head_dim, p.value_dim))
+        return dk, dv
 
     def _unpack_grad(self) -> None:
         transform = self.inputs.transform
         normed = transform is not None and (transform.q_norm is not None or transform.k_norm is not None)
-        sections = self.placement.grad_qkv
-        blocks = [self._blocks("exchange_grad_out", sections, m) for m in range(len(sections))]
+        by_chunk = [
+            layout.qkv_rows(
+                self.problem, self.rank, chunk, chunk.grad_qkv, self._arrived("exchange_grad_out", c, chunk.grad_qkv)
+            )
+            for c, chunk in enumerate(self.chunks)
+        ]
         self.norm_grads = self.local.unpack_grad(
-            self._qkv_rows(blocks, sections),
+            [
+                rows for of_rank in zip(*by_chunk, strict=True) for rows in of_rank
+            ],  # shares of a sum in the ranks' order
             self.inputs.q if normed else None,
             self.inputs.k if normed else None,
             *self.grads[:3],
@@ -335,20 +314,26 @@ class _Run:
     def _messages(
         self, direction: Callable[[Section, int, int], Message], sections: Sequence[Section]
     ) -> list[Message]:
-        return [direction(section, self.problem.batch, self.group.rank) for section in sections]
+        return [direction(section, self.problem.batch, self.rank) for section in sections]
 
     def _open(
         self,
         name: str,
+        c: int,
         direction: Callable[[Section, int, int], Message],
         sections: Sequence[Section],
         receive: list[Tensor],
         send: Sequence[Tensor | None] | None = None,
     ) -> Hop:
-        with self.group.step(name):
+        with self._step(name, c):
             hop = self.group.exchange.open(self._messages(direction, sections), receive, send or [None] * len(receive))
-        self._remember(name, hop, receive)
+        self.hops[name, c], self.received[name, c] = self._watched(name, c, hop, hop.blocks), receive
         return hop
+
+    def _watched(self, name: str, c: int, hop: Hop, into: Sequence[Sequence[Tensor]] | None, part: float = 1) -> Hop:
+        """The hop, or inside `trace()` one that notes its times; this rank writes `part` of what `into` names."""
+        recorder = self.group.recorder
+        return hop if recorder is None else recorder.hop(self.group, name, c, hop, into or (), part, self.device)
 
     def send(
         self,
@@ -360,136 +345,99 @@ class _Run:
         """Open a hop for rows that lie in head layout already; only a one-sided exchange needs them copied."""
         flat = [part.contiguous().view(-1) for part in rows]
         messages = self._messages(direction, sections)
-        hop = self._open(name, direction, sections, [self._take(sum(message.receive)) for message in messages], flat)
+        hop = self._open(name, 0, direction, sections, [self._take(sum(message.receive)) for message in messages], flat)
         if self.group.exchange.one_sided:
             for part, blocks, message in zip(flat, hop.blocks, messages, strict=True):
                 for block, mine in zip(blocks, torch.split(part, list(message.send)), strict=True):
                     block.copy_(mine)
 
-    def _remember(self, name: str, hop: Hop, receive: list[Tensor]) -> None:
-        self.hops[name], self.received[name] = hop, receive
-
-    def _finish(self, name: str) -> None:
+    def _start(self, name: str, c: int) -> None:
         self.group.counts[name] += 1
-        with self.group.step(name):
-            self.hops[name].start()
-            self.hops[name].finish()
+        with self._step(name, c):
+            self.hops[name, c].start()
 
-    # -- views
+    def _finish(self, name: str, c: int) -> None:
+        with self._step(name, c):
+            self.hops.pop((name, c)).finish()
+
+    def _step(self, name: str, c: int) -> AbstractContextManager[None]:
+        return self.group.step(name if len(self.chunks) == 1 else f"{name} of chunk {c}")
+
+    def _arrived(self, name: str, c: int, sections: Sequence[Section]) -> list[Sequence[Tensor]]:
+        """What came in an outbound hop: of every section, one block per rank that sent it."""
+        received = zip(self._messages(outbound, sections), self.received[name, c], strict=True)
+        return [torch.split(buffer, list(message.receive)) for message, buffer in received]
+
+    # -- a rank's heads
 
     def _take(self, elements: int) -> Tensor:
         return self.group.pool.take((elements,), self.dtype, self.device)
 
-    def per_head(self, given: Tensor | None) -> Tensor | None:
-        """A copy of this rank's heads of what is given for all, in the precision of the statistics."""
-        mine = slice(self.share.q_start, self.share.q_stop)
-        return None if given is None else given[mine].to(self.stat_dtype, copy=True)
+    def per_head(self, given: Tensor | None, start: int, stop: int) -> Tensor | None:
+        """A copy of some heads of what is given for all, in the precision of the statistics."""
+        return None if given is None else given[start:stop].to(self.stat_dtype, copy=True)
 
     def of_all_heads(self, mine: Tensor | None) -> Tensor | None:
         """`[Hq]` with zeros for the heads of other ranks."""
-        after = self.problem.heads - self.share.q_stop
-        return None if mine is None else torch.nn.functional.pad(mine, (self.share.q_start, after))
+        share = self.placement.shares[self.rank]
+        padding = (share.q_start, self.problem.heads - share.q_stop)
+        return None if mine is None else torch.nn.functional.pad(mine, padding)
 
-    def _options(self) -> Options:
-        p, given = self.problem, self.inputs
+    def _part(self, c: int, mine: Tensor | None) -> Tensor | None:
+        """A chunk's heads of what there is for all of this rank's."""
+        share, first = self.chunks[c].shares[self.rank], self.placement.shares[self.rank].q_start
+        return None if mine is None else mine[share.q_start - first : share.q_stop - first]
+
+    def _head_lse(self, c: int) -> Tensor:
+        """`[hq, B, S]` of a chunk's heads."""
+        p, share, mine = self.problem, self.chunks[c].shares[self.rank], self.placement.shares[self.rank]
+        every = self.saved[self.space.lse].view(self.stat_dtype).view(mine.q_heads, p.batch, p.seq)
+        return every[share.q_start - mine.q_start : share.q_stop - mine.q_start]
+
+    def _qkv(self, c: int) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of a chunk's heads over the whole sequence: views of the received rows."""
+        own, holder = self._rows_in(c), self.chunks[c].holders[self.rank]
+        carried = own if holder == c else self._rows_in(holder)
+        return own["q"], carried["k"], carried["v"]
+
+    def _rows_in(self, c: int) -> dict[str, Tensor]:
+        received = self.received.get(("exchange_in", c))
+        if received is None:
+            received = [self.saved[region].view(self.dtype) for region in self.space.sections[c]]
+        return layout.views_of_rows(self.problem, self.rank, received, c)
+
+    def _options(self, c: int) -> Options:
+        p, given, share = self.problem, self.inputs, self.chunks[c].shares[self.rank]
         found = Options(
             scale=p.scale,
             causal=p.causal,
-            heads=HeadMap(self.placement.group, self.share.q_start),
+            heads=HeadMap(self.placement.group, share.q_start),
             window=p.window,
             softcap=p.softcap,
             documents=given.documents,
-            sinks=self.per_head(given.sinks),
-            slopes=self.per_head(given.slopes),
+            sinks=self.per_head(given.sinks, share.q_start, share.q_stop),
+            slopes=self.per_head(given.slopes, share.q_start, share.q_stop),
             dropout=given.dropout,
             predicate=given.predicate,
         )
         if given.blocks is None:
             return found
         tables = () if given.documents is None else given.documents
-        key = (self.share, p.bounds, p.seq, p.kv_seq)
-        return found._replace(blocks=self.group.memo.get((given.blocks, *tables), key, lambda: self._lists(found)))
+        key = (self.placement.shares[self.rank], len(self.chunks), p.bounds, p.seq, p.kv_seq)
+        return found._replace(blocks=self.group.memo.get((given.blocks, *tables), key, lambda: self._lists(found))[c])
 
-    def _lists(self, options: Options) -> Blocks:
-        """The tiles that a block mask and all other masks leave this rank's heads."""
-        status, share = self.inputs.blocks, self.share
+    def _lists(self, options: Options) -> list[Blocks]:
+        """Of every chunk, the tiles that a block mask and all other masks leave this rank's heads."""
+        status, mine = self.inputs.blocks, self.placement.shares[self.rank]
         assert status is not None
-        mine = status if status.size(1) == 1 else status[:, share.q_start : share.q_stop]
-        left = combine(mine, options, self.problem.seq, self.problem.kv_seq)
-        return lists(left, options.heads, share.q_heads, share.kv_heads)
-
-    def _head_lse(self, saved: Tensor) -> Tensor:
-        p = self.problem
-        return saved[self.space.lse].view(self.stat_dtype).view(self.share.q_heads, p.batch, p.seq)
-
-    def _qkv(self) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v of this rank's heads over the whole sequence: views of the received rows."""
-        received = self.received.get("exchange_in")
-        if received is None:
-            received = [self.saved[region].view(self.dtype) for region in self.space.sections]
-        return views_of_rows(self.problem, self.group.rank, received)
-
-    def _blocks(self, name: str, sections: Sequence[Section], m: int = 0) -> Sequence[Tensor]:
-        """What arrived in an outbound hop, one block per rank that sent it."""
-        message = outbound(sections[m], self.problem.batch, self.group.rank)
-        return torch.split(self.received[name][m], list(message.receive))
-
-    def _qkv_rows(self, blocks: Sequence[Sequence[Tensor]], sections: Sequence[Section]) -> list[QKVRows]:
-        """Every rank's block of my tokens, as q, k and v (or their gradients)."""
-        rows = []
-        for rank, share in enumerate(self.placement.shares):
-            views: dict[str, Tensor] = {}
-            for block, section in zip(blocks, sections, strict=True):
-                tokens = section.lens[self.group.rank]
-                views |= _view(block[rank], tokens, self.problem.batch, section.rows[rank], self.stat_dtype)
-            rows.append(QKVRows(views["q"], views["k"], views["v"], share.q_start, share.kv_start))
-        return rows
-
-    def _o_rows(self, blocks: Sequence[Tensor], section: Section) -> list[ORows]:
-        """Every rank's block of my tokens, as O (or its gradient) and LSE (or delta)."""
-        rows = []
-        for rank, share in enumerate(self.placement.shares):
-            tokens = section.lens[self.group.rank]
-            views = _view(blocks[rank], tokens, self.problem.batch, section.rows[rank], self.stat_dtype)
-            stat = views["stat"].squeeze(-1) if "stat" in views else None
-            rows.append(ORows(views["o"], stat, share.q_start))
-        return rows
-
-    def _spans(self, blocks: Sequence[Tensor], section: Section, names: tuple[str, ...]) -> list[Span]:
-        """Where the gradients of every token go: a block per rank, or one block with all of them."""
-        lens = section.lens if len(blocks) > 1 else (sum(section.lens),)
-        row = section.rows[self.group.rank]
-        spans = []
-        for block, start, n in zip(blocks, _starts(lens), lens, strict=True):
-            views = _view(block, n, self.problem.batch, row, self.stat_dtype)
-            spans.append(Span(start, tuple(views[name] for name in names)))
-        return spans
-
-
-def _starts(lens: Sequence[int]) -> list[int]:
-    return [sum(lens[:rank]) for rank in range(len(lens))]
-
-
-def _view(flat: Tensor, tokens: int, batch: int, row: Row, stat_dtype: torch.dtype) -> dict[str, Tensor]:
-    """The fields of rows as `[tokens, batch, heads, dim]`; wide ones as fp32 over the bits of the row."""
-    rows = flat.reshape(tokens, batch, row.width)
-    return {field.name: _field(rows, field, stat_dtype) for field in row.fields}
-
-
-def _tidied(flat: Tensor, tokens: int, batch: int, row: Row) -> Tensor:
-    """Rows as `[tokens, batch, row]`, with zeros where nobody wrote: the results of an op say the same every time."""
-    rows = flat.view(tokens, batch, row.width)
-    stop = 0
-    for field in row.fields:
-        stop = field.offset + field.size
-        rows[..., field.offset : stop].unflatten(-1, (field.heads, field.stride))[..., field.dim :].zero_()
-    rows[..., stop:].zero_()
-    return rows
-
-
-def _field(rows: Tensor, field: Field, stat_dtype: torch.dtype) -> Tensor:
-    part = rows[:, :, field.offset : field.offset + field.size]
-    if field.width > 1:
-        part = part.view(stat_dtype)
-    heads = part.unflatten(-1, (field.heads, field.stride))
-    return heads if field.dim == field.stride else heads[..., : field.dim]  # autograd copies for a slice of all
+        status = status if status.size(1) == 1 else status[:, mine.q_start : mine.q_stop]
+        left = combine(status, options, self.problem.seq, self.problem.kv_seq)  # [1 or B, 1 or hq, n_q, n_k]
+        return [
+            lists(
+                left if left.size(1) == 1 else left[:, share.q_start - mine.q_start : share.q_stop - mine.q_start],
+                HeadMap(self.placement.group, share.q_start),
+                share.q_heads,
+                share.kv_heads,
+            )
+            for share in (chunk.shares[self.rank] for chunk in self.chunks)
+        ]

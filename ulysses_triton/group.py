@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,8 +25,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from . import errors, spec
 from .errors import ExchangeError, GroupError, OptionError, ShapeError, UlyssesError
-from .exchange import symm
+from .exchange import nccl_library, symm
 from .exchange.base import Control, Exchange, Watched
+from .exchange.nccl import NcclExchange
 from .exchange.one_sided import OneSidedExchange
 from .exchange.pool import Pool
 from .exchange.store import meeting_point, share
@@ -38,8 +39,10 @@ from .placement import Placement
 
 if TYPE_CHECKING:
     from .exchange.shm import Shm
+    from .tracing import Trace
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
+EXCHANGES = ("auto", "shm", "nccl", "symm", "torch")
 _RECORD = struct.Struct("<q?q8s")  # call number, refused, seed, hash of the signature
 _TEXT_BYTES = 4096  # of a signature or a refusal, where ranks differ
 _WORDS_SECONDS = 1.0  # how long a failing rank waits for its peers' last words
@@ -56,9 +59,12 @@ class UlyssesGroup:
             is not initialised). None is wrong for jobs that also have data-parallel ranks: every rank of the default
             group would hold a part of one sequence.
         exchange: who carries the rows: "shm" (every rank writes into the others' memory; CPU tensors, ranks that are
-            processes of one Linux host), "symm" (the same between GPUs of one NVLink domain, over PyTorch's symmetric
-            memory; not yet run on a GPU), "torch" (`all_to_all_single` on the group), or "auto": "shm" for a gloo group
-            whose ranks find that they can, otherwise "torch". The same on every rank.
+            processes of one Linux host), "nccl" (a communicator of its own, through cupy; rows on the CPU still go over
+            the group), "symm" (as "shm", between GPUs of one NVLink domain, over PyTorch's symmetric memory; not yet
+            run on a GPU), "torch" (`all_to_all_single` on the group), or "auto": "shm" for a gloo group whose ranks
+            find that they can, "nccl" for CUDA where they have it, otherwise "torch". The same on every rank.
+        chunks: in how many parts a rank's heads go, so that the exchange of one hides behind the attention of another:
+            a number, which calls with fewer query heads per rank lower to that, or "auto".
         check: what ranks compare before every call: "hash" of the call's signature, or "always" all of it.
         timeout: how long a rank waits for its peers.
 
@@ -67,19 +73,25 @@ class UlyssesGroup:
     manager; `close` gives everything back.
     """
 
+    recorder: ClassVar[Trace | None] = None  # of all groups of this process, inside `trace()`
+
     def __init__(
         self,
         group: dist.ProcessGroup | DeviceMesh | VirtualMember | None = None,
         *,
         exchange: str = "auto",
+        chunks: int | str = "auto",
         check: str = "hash",
         timeout: timedelta = DEFAULT_TIMEOUT,
     ) -> None:
-        if exchange not in ("auto", "shm", "symm", "torch"):
-            raise OptionError(f'exchange = {exchange!r}; it must be "auto", "shm", "symm" or "torch"')
+        if exchange not in EXCHANGES:
+            raise OptionError(f"exchange = {exchange!r}; it must be one of {', '.join(map(repr, EXCHANGES))}")
+        if chunks != "auto" and not (type(chunks) is int and chunks >= 1):
+            raise OptionError(f'chunks = {chunks!r}; it must be a number of at least 1, or "auto"')
         if check not in ("hash", "always"):
             raise OptionError(f'check = {check!r}; it must be "hash" or "always"')
         self.timeout = timeout
+        self.chunks = chunks
         self.counts: Counter[str] = Counter()  # "control" messages, and the "data" exchanges of each kind of step
         self.memo = Memo()  # what was made once per batch of tokens: documents, lists of blocks
         self.process_group = None if isinstance(group, VirtualMember) else process_group(group)
@@ -98,11 +110,15 @@ class UlyssesGroup:
         self._why = carriers[3]
         if isinstance(self.exchange, Watched):
             self.exchange.where = lambda: self._doing
+            self.devices |= {"cuda"}
         self.rank, self.size = self.control.rank, self.control.size
         self.implicit = False  # made by `resolve`, not by the user
         self.default = group is None
         self._check_all = check == "always"
         self._calls = 0
+        self._agreed: set[bytes] = set()  # calls that all ranks made, and that need not wait for it the next time
+        self._later: tuple[str, Callable[[], list[bytes]]] | None = None  # a call whose comparison is still to come
+        self.latest = 0, ""  # the latest call: its number, and what it is
         self._doing = "between calls"
         self._broken: str | None = None
         self._closed = False
@@ -112,7 +128,9 @@ class UlyssesGroup:
     def __enter__(self) -> UlyssesGroup:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None and self._broken is None and not self._closed:
+            self._end(f"{self._doing}: {type(error).__name__}: {error}")
         self.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> UlyssesGroup:
@@ -124,23 +142,31 @@ class UlyssesGroup:
     def close(self) -> None:
         """Give everything back. Idempotent; every rank does it.
 
-        Raises what the last calls have left to raise: ExchangeError where an exchange is not awaited.
+        Raises what the last calls have left to raise: ExchangeError or ShapeError where an exchange is not awaited.
         """
         if self._closed:
             return
-        self._closed = True
-        _GROUPS.pop(self.name, None)
-        self.exchange.close()
-        failure = self._failure() if self._broken is None else None
-        error = None if failure is None else self._fail(RuntimeError(failure))
-        self.control.close()
-        self.pool.close()
-        self.memo.clear()
+        try:
+            if self._broken is None:
+                self._settle()
+        finally:
+            self._closed = True
+            _GROUPS.pop(self.name, None)
+            self.exchange.close()
+            failure = None if self._broken else self._failure()
+            error = None if failure is None else self._fail(RuntimeError(failure))
+            self.control.close()
+            self.pool.close()
+            self.memo.clear()
         if error is not None:
             raise error
 
     def check(self) -> None:
-        """Raise ExchangeError or GroupError if this group cannot be used any more, here or because a peer failed."""
+        """Raise if this group cannot be used any more, here or because a peer failed.
+
+        ExchangeError, GroupError, or ShapeError where ranks compare their calls late and the last ones differ.
+        """
+        self._settle()
         self._require_usable()
         words = self.control.hear(0.0)
         if words:
@@ -160,7 +186,11 @@ class UlyssesGroup:
             lines.append("group=None: all ranks of the default group share one sequence; there is no data parallelism")
         if self._chosen is not None:
             local, placement = self._chosen
-            lines += [f"attention: {local.name} ({local.why})", f"placement:\n{placement.explain()}"]
+            lines += [
+                f"attention: {local.name} ({local.why})",
+                f"chunks: {len(placement.chunks)} of each rank's heads (asked for: {self.chunks})",
+                f"placement:\n{placement.explain()}",
+            ]
         return "\n".join(lines)
 
     def note(self, local: Local, placement: Placement) -> None:
@@ -169,21 +199,36 @@ class UlyssesGroup:
 
     # -- keeping the ranks together
 
-    def agree(self, what: str, signature: str, seed: int = 0) -> int:
-        """Before a call moves anything: that every rank makes the same one. Returns rank 0's `seed`.
+    def agree(self, what: str, signature: str, seed: int | None = None, *, device: str | None = None) -> int:
+        """Before a call moves anything: that every rank makes the same one. Returns rank 0's `seed`, 0 for None.
 
         Raises ShapeError on every rank when they differ, saying who differs in what; or, where a peer refused the call,
-        that peer's error.
+        that peer's error. `device`: that of the rows, where the exchange may let a call go ahead that all ranks made
+        before: if it is not the same this time, the next call, `check` or `close` raises, and the group has ended.
         """
+        self._settle()
         self._require_usable()
         self._calls += 1
+        self.latest = self._calls, what
         self._doing = f"call {self._calls} ({what})"
-        return self._compare(f"call={what}; {signature}", seed) if self.size > 1 else seed
+        if self.size == 1:
+            return seed or 0
+        text = f"call={what}; {signature}"
+        defers = seed is None and device is not None and self._defers(device)
+        digest = _digest(text)
+        if defers and digest in self._agreed:
+            self._later = text, self._begin_gather(self._record(text))
+            return 0
+        seed = self._compare(text, seed or 0)
+        if defers:
+            self._agreed.add(digest)
+        return seed
 
     def refuse(self, error: UlyssesError) -> None:
         """Take part in the agreement on a call that this rank cannot make, so that every rank raises."""
         if self.size == 1 or self._broken or self._closed:
             return
+        self._settle()
         self._calls += 1
         self._doing = f"call {self._calls} (refused)"
         self._compare(f"{type(error).__name__}\n{error}", refused=error)
@@ -212,24 +257,31 @@ class UlyssesGroup:
             raise
         self._doing = "between calls"
 
-    def _compare(self, text: str, seed: int = 0, refused: UlyssesError | None = None) -> int:
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        record = _RECORD.pack(self._calls, refused is not None, seed, digest)
+    def _compare(
+        self,
+        text: str,
+        seed: int = 0,
+        refused: UlyssesError | None = None,
+        later: Callable[[], list[bytes]] | None = None,
+    ) -> int:
+        """Hold this call, `text`, against the others'; `later` is a gathering of the records that has begun."""
         with self.step("agreement"):
             texts: list[str] | None = None
-            if self._check_all:
-                records = [
-                    (blob[: _RECORD.size], blob[_RECORD.size :]) for blob in self._gather(record + _padded(text))
-                ]
-                heads, texts = [head for head, _ in records], [_unpadded(tail) for _, tail in records]
+            if later is not None:
+                heads = later()
+            elif self._check_all:
+                blobs = self._begin_gather(self._record(text, seed, refused) + _padded(text))()
+                heads, texts = [b[: _RECORD.size] for b in blobs], [_unpadded(b[_RECORD.size :]) for b in blobs]
             else:
-                heads = self._gather(record)
+                heads = self._begin_gather(self._record(text, seed, refused))()
             calls, refusals, seeds, hashes = zip(*map(_RECORD.unpack, heads), strict=True)
             if len(set(hashes)) == len(set(calls)) == 1 and not any(refusals):
                 return int(seeds[0])
             if texts is None:
-                texts = [_unpadded(blob) for blob in self._gather(_padded(text))]
+                texts = [_unpadded(blob) for blob in self._begin_gather(_padded(text))()]
         self._calls = max(calls)  # ranks that skipped a call are level again
+        if self._agreed.intersection(hashes):  # of ranks that did not wait, and have begun to exchange
+            self._end(f"{self._doing}: the ranks made different calls")
         self._doing = "between calls"
         if refused is not None:
             return seed
@@ -240,9 +292,26 @@ class UlyssesGroup:
         numbers = "" if len(set(calls)) == 1 else f"; their call numbers are {list(calls)}: did a rank skip a call?"
         raise ShapeError(f"the ranks make different calls: {spec.differences(texts)}{numbers}")
 
-    def _gather(self, payload: bytes) -> list[bytes]:
+    def _record(self, text: str, seed: int = 0, refused: UlyssesError | None = None) -> bytes:
+        return _RECORD.pack(self._calls, refused is not None, seed, _digest(text))
+
+    def _begin_gather(self, payload: bytes) -> Callable[[], list[bytes]]:
         self.counts["control"] += 1
-        return self.control.gather(payload)
+        return self.control.begin_gather(payload)
+
+    def _defers(self, device: str) -> bool:
+        """Whether a call on such a device that all ranks made before may go ahead before they have compared it."""
+        return not self._check_all and isinstance(self.exchange, Watched) and self.exchange.defers(device)
+
+    def _settle(self) -> None:
+        """Compare the latest call, if that is still to be done."""
+        if self._later is not None:
+            (text, later), self._later = self._later, None
+            self._compare(text, later=later)
+
+    def _failure(self) -> str | None:
+        """What the exchange found by itself."""
+        return self.exchange.failure() if isinstance(self.exchange, Watched) else None
 
     def _require_usable(self) -> None:
         if self._closed:
@@ -253,13 +322,10 @@ class UlyssesGroup:
         if failure is not None:
             raise self._fail(RuntimeError(failure))
 
-    def _failure(self) -> str | None:
-        """What the exchange found by itself."""
-        return self.exchange.failure() if isinstance(self.exchange, Watched) else None
-
     def _end(self, why: str) -> None:
         """This group is of no use any more: tell the peers, and do not wait for them."""
         self._broken = why
+        self._later = None
         self.pool.close()  # a late peer may still write to buffers in flight, so none is used again
         self.control.tell(why)
         if isinstance(self.exchange, Watched):
@@ -277,6 +343,10 @@ class UlyssesGroup:
         if silent:
             parts.append(f"no word from ranks {silent}: died, stopped, or elsewhere")
         return ExchangeError("; ".join(parts))
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
 def _padded(text: str) -> bytes:
@@ -317,15 +387,15 @@ def _carriers(exchange: str, group: dist.ProcessGroup, timeout: timedelta) -> tu
         raise OptionError(
             f"the ranks ask for different exchanges: {asked} in rank order; exchange= must be one for all"
         )
-    why = f"{exchange}: any process group can carry it"
-    if exchange == "shm" or (exchange == "auto" and _devices(group) == {"cpu"}):
+    why, devices = f"{exchange}: any process group can carry it", _devices(group)
+    if exchange == "shm" or (exchange == "auto" and devices == {"cpu"}):
         found = _shared_memory(group, store, timeout)
         if not isinstance(found, str):
             return found, OneSidedExchange("shm", found), found.pool, f"{exchange}: the ranks share this host's memory"
         if exchange == "shm":
             raise GroupError(
                 f'exchange="shm" cannot carry group {group.group_name!r}: {found}. It needs all ranks to be processes '
-                'of one Linux host, container and user; exchange="torch" needs nothing of that'
+                'of one Linux host, container and user; exchange="nccl" or "torch" needs nothing of that'
             )
         why = f"{why}; not shm: {found}"
     if exchange == "symm":
@@ -336,10 +406,19 @@ def _carriers(exchange: str, group: dist.ProcessGroup, timeout: timedelta) -> tu
         control.close()
         raise GroupError(
             f'exchange="symm" cannot carry group {group.group_name!r}: {symmetric}. It needs a CUDA GPU per rank, all '
-            'on one host with peer access (NVLink); exchange="torch" needs nothing of that'
+            'on one host with peer access (NVLink); exchange="nccl" or "torch" needs nothing of that'
         )
     pool = Pool()
-    return GlooControl(group, timeout), TorchExchange(group, pool, timeout), pool, why
+    control, over_group = GlooControl(group, timeout), TorchExchange(group, pool, timeout)
+    if exchange == "nccl" or (exchange == "auto" and "cuda" in devices):
+        nccl, why_not = nccl_library.usable(control)
+        if nccl is not None:
+            why = f"{exchange}: cupy's NCCL for CUDA tensors, the process group for others"
+            return control, NcclExchange(nccl, control, pool, timeout, host=over_group), pool, why
+        if exchange == "nccl":
+            raise GroupError(why_not)
+        why = f"{why}; not nccl, as of {why_not}"
+    return control, over_group, pool, why
 
 
 def _shared_memory(group: dist.ProcessGroup, store: dist.Store, timeout: timedelta) -> Shm | str:
@@ -366,8 +445,12 @@ _lock = threading.Lock()
 
 
 def _register(group: UlyssesGroup) -> str:
-    """A name that says which rank of which group it is, the same from run to run."""
+    """A name that says which rank of which group it is, the same from run to run.
+
+    Chunks are in it as they shape what a forward keeps: PyTorch's on-disk cache must not mix up their graphs.
+    """
     label = "local" if group.process_group is None else group.process_group.group_name
+    label += "" if group.chunks == "auto" else f" in {group.chunks} chunks"
     with _lock:
         for number in itertools.count():
             name = f"{label}/{number}:{group.rank}of{group.size}"
@@ -411,10 +494,15 @@ def _implicit(group: dist.ProcessGroup | DeviceMesh | None) -> str:
 @atexit.register
 def _close_all() -> None:
     for group in list(_GROUPS.values()):
-        group.close()
+        try:
+            group.close()
+        except UlyssesError as error:  # there is nobody left to catch it, and there are other groups
+            print(error, file=sys.stderr)
 
 
-def run_virtual(ranks: int, function: Callable[[UlyssesGroup], _Result], *, timeout: float = 60.0) -> list[_Result]:
+def run_virtual(
+    ranks: int, function: Callable[[UlyssesGroup], _Result], *, chunks: int | str = "auto", timeout: float = 60.0
+) -> list[_Result]:
     """Run `function(group)` on `ranks` virtual ranks, threads of this process, and return their results in rank order.
 
     For tests and single-GPU timing. Raises the first rank's error. Backward runs in the calling thread of each rank, as
@@ -426,7 +514,10 @@ def run_virtual(ranks: int, function: Callable[[UlyssesGroup], _Result], *, time
 
     def work(rank: int) -> None:
         try:
-            with torch.autograd.set_multithreading_enabled(False), UlyssesGroup(world.member(rank)) as group:
+            with (
+                torch.autograd.set_multithreading_enabled(False),
+                UlyssesGroup(world.member(rank), chunks=chunks) as group,
+            ):
                 results[rank] = function(group)
         except BaseException as error:
             world.tell(rank, f"{type(error).__name__}: {error}")

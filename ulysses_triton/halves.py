@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import executor
+from . import executor, layout
 from .call import SCHEMA, Call, agreed, describe
 from .executor import Inputs
 from .group import by_name
@@ -36,7 +36,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     call = Call(*arguments)
     group = by_name(call.group)
     problem, (q, *_) = describe(group, call)
-    shapes = [(sum(s.lens), problem.batch, s.rows[group.rank].width) for s in place(problem).qkv]
+    shapes = [(sum(s.lens), problem.batch, s.rows[group.rank].width) for s in place(problem).chunks[0].qkv]
     return _pair([q.new_empty(shape) for shape in shapes])
 
 
@@ -96,13 +96,13 @@ def exchange_out(
     """o [S, B, hq, Dv] in head layout -> out [B, L, Hq, Dv]."""
     own = by_name(group)
     problem = _output_problem(o, heads, kv_heads, head_dim, lens, causal)
-    own.agree("exchange out", problem.signature)
-    width = place(problem).out[0].rows[own.rank].width
+    own.agree("exchange out", problem.signature, device=problem.device)
+    width = place(problem).chunks[0].out[0].rows[own.rank].width
     if o.size(2) * o.size(3) == width:
         rows = o.flatten(2)
     else:
         rows = o.new_empty(*o.shape[:2], width)
-        executor.o_of_rows(problem, own.rank, rows).copy_(o)
+        layout.o_of_rows(problem, own.rank, rows).copy_(o)
     with own.call():
         return executor.exchange_out(problem, own, Inputs(rows, rows, rows, None), rows)
 
@@ -119,7 +119,7 @@ def exchange_out_backward(
     """dout [B, L, Hq, Dv] -> rows [S, B, row] that hold do [hq, Dv] in head layout."""
     own = by_name(group)
     problem = _output_problem(dout.transpose(0, 1), heads, kv_heads, head_dim, lens, causal)
-    own.agree("exchange out backward", problem.signature)
+    own.agree("exchange out backward", problem.signature, device=problem.device)
     with own.call():
         return executor.exchange_out_backward(problem, own, Inputs(dout, dout, dout, None), dout)
 
@@ -127,7 +127,7 @@ def exchange_out_backward(
 @exchange_out_backward.register_fake
 def _(dout, group, heads, kv_heads, head_dim, lens, causal):
     problem = _output_problem(dout.transpose(0, 1), heads, kv_heads, head_dim, lens, causal)
-    width = place(problem).out[0].rows[by_name(group).rank].width
+    width = place(problem).chunks[0].out[0].rows[by_name(group).rank].width
     return dout.new_empty((sum(lens), dout.size(0), width))
 
 
@@ -156,7 +156,7 @@ def _backward_out(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
     rows = exchange_out_backward(dout, *ctx.fixed)
     group, *numbers = ctx.fixed
     problem = _output_problem(dout.transpose(0, 1), *numbers)
-    return (executor.o_of_rows(problem, by_name(group).rank, rows), *(None,) * 6)
+    return (layout.o_of_rows(problem, by_name(group).rank, rows), *(None,) * 6)
 
 
 exchange_out.register_autograd(_backward_out, setup_context=_setup_out)

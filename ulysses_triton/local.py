@@ -131,6 +131,7 @@ def _aten_backward(
     dkv: Sequence[Span],
     options: Options,
     _: HeadGrads,
+    start: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """As the kernels' `attend_backward`, with O in head layout in place of delta; it has neither sinks nor slopes."""
     for mine, theirs in _parts(q.size(2), k.size(2), options.heads):
@@ -146,6 +147,8 @@ def _aten_backward(
         _to_spans(dq, 0, mine, grads[0])
         for view, grad in enumerate(grads[1:]):
             total = grad if options.heads.group == 1 else grad.sum(1, keepdim=True, dtype=torch.float32)
+            if start is not None:
+                total = total + start[view][theirs].transpose(0, 1)
             _to_spans(dkv, view, theirs, total)
 
 

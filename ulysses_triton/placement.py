@@ -6,6 +6,14 @@ Pure functions of the problem. A rank takes `Hq / P` query heads in order and th
 Example: Hq = 12, Hkv = 4, P = 6. Rank 1 has query heads 2 and 3; three query heads share a kv head, so it works with kv
 heads 0 and 1. Its row on the way in, D = Dv = 64: `q2 q3 k0 k1 v0 v1`, 384 elements. With D = 33 every head of q and k
 takes 40, of which the last 7 are never read: heads begin at multiples of 8 elements, so vector accesses stay aligned.
+
+A rank's heads can go in chunks, so that the exchange of one hides behind the attention of another. A chunk is a part of
+the rank's kv heads with all their query heads, where there are enough of them. Otherwise chunks share a kv head and
+split its query heads; its k and v then travel with the first of these chunks, its dk and dv with the last.
+
+Example: in 2 chunks, the rank with the query heads 0..7 and the kv heads 0 and 1 has the rows `q0 q1 q2 q3 k0 v0` and
+`q4 q5 q6 q7 k1 v1`. In 3 they are `q0 q1 k0 v0`, `q2 q3` (which attend to the k0 and v0 of the chunk before) and
+`q4 q5 q6 q7 k1 v1`, and dk0 and dv0 travel with dq2 and dq3.
 """
 
 from __future__ import annotations
@@ -13,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from .errors import ShapeError
@@ -81,17 +89,29 @@ class Message(NamedTuple):
     land: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Placement:
-    """Every rank's share, and the sections of the four exchanges of a layer."""
+class Chunk(NamedTuple):
+    """What is exchanged and attended to at once: a part of every rank's share, and the sections of its four exchanges.
+
+    A section that no rank has heads for is left out: k and v of other tokens than q, where an earlier chunk has them.
+    """
 
     shares: tuple[Share, ...]
-    group: int  # G: query heads per kv head
-    shared: bool  # whether some kv head is worked on by more than one rank
+    holders: tuple[int, ...]  # of every rank: the chunk whose rows hold k and v of its kv heads, at most this one
+    senders: tuple[int, ...]  # and the one that their gradients leave with, at least this one
     qkv: tuple[Section, ...]
     out: tuple[Section, ...]
     grad_out: tuple[Section, ...]
     grad_qkv: tuple[Section, ...]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Every rank's share, and the chunks that it goes in: as many on every rank."""
+
+    shares: tuple[Share, ...]
+    group: int  # G: query heads per kv head
+    shared: bool  # whether some kv head is worked on by more than one rank
+    chunks: tuple[Chunk, ...]
 
     def head_offset(self, rank: int) -> int:
         """The place of a rank's first query head inside its kv group."""
@@ -102,13 +122,18 @@ class Placement:
         return [(h + self.head_offset(rank)) // self.group for h in range(self.shares[rank].q_heads)]
 
     def explain(self) -> str:
-        """One line per rank: its heads, and the elements of its rows."""
-        return "\n".join(
+        """One line per rank: its heads, the elements of its rows, and the query heads of its chunks."""
+        return "\n".join(map(self._line, range(len(self.shares))))
+
+    def _line(self, rank: int) -> str:
+        s = self.shares[rank]
+        inward = sum(section.rows[rank].width for chunk in self.chunks for section in chunk.qkv)
+        outward = sum(section.rows[rank].width for chunk in self.chunks for section in chunk.out)
+        parts = [f"{chunk.shares[rank].q_start}..{chunk.shares[rank].q_stop - 1}" for chunk in self.chunks]
+        return (
             f"rank {rank}: query heads {s.q_start}..{s.q_stop - 1}, kv heads {s.kv_start}..{s.kv_stop - 1}, "
-            f"{sum(section.rows[rank].width for section in self.qkv)} elements per token in, "
-            f"{sum(section.rows[rank].width for section in self.out)} out"
-            for rank, s in enumerate(self.shares)
-        )
+            f"{inward} elements per token in, {outward} out"
+        ) + (f", chunks of query heads {', '.join(parts)}" if len(parts) > 1 else "")
 
 
 def place(problem: Problem) -> Placement:
@@ -131,40 +156,92 @@ def _place(problem: Problem) -> Placement:
     shares = tuple(
         Share(r * each, (r + 1) * each, r * each // group, ((r + 1) * each - 1) // group + 1) for r in range(ranks)
     )
+    parts = [_divided(share, group, problem.chunks) for share in shares]
     shared = any(a.kv_stop > b.kv_start for a, b in zip(shares, shares[1:], strict=False))
+    by_chunk = enumerate(zip(*parts, strict=True))
+    return Placement(shares, group, shared, tuple(_chunk(problem, c, of_ranks, shared) for c, of_ranks in by_chunk))
+
+
+class _Part(NamedTuple):
+    """Of one rank in a chunk: its heads, and the first and the last chunk that work with its kv heads."""
+
+    share: Share
+    first: int
+    last: int
+
+
+def _divided(share: Share, group: int, chunks: int) -> list[_Part]:
+    """A rank's heads in as many parts, in order, none of which is empty; `chunks` is at most its query heads."""
+    if chunks == 1:
+        return [_Part(share, 0, 0)]
+    parts: list[_Part] = []
+    if share.kv_heads >= chunks:
+        cuts = [share.kv_start + share.kv_heads * c // chunks for c in range(chunks + 1)]
+        for c, (start, stop) in enumerate(pairwise(cuts)):
+            parts.append(_Part(_of_kv_heads(share, group, start, stop), c, c))
+        return parts
+    each = [_of_kv_heads(share, group, j, j + 1) for j in range(share.kv_start, share.kv_stop)]
+    counts = [1] * len(each)  # of chunks per kv head: the one with most query heads per chunk gets the next
+    for _ in range(chunks - len(each)):
+        largest = max(range(len(each)), key=lambda j: each[j].q_heads / counts[j])
+        counts[largest] += 1
+    for heads, count in zip(each, counts, strict=True):
+        first = len(parts)
+        for start, stop in pairwise(heads.q_start + heads.q_heads * i // count for i in range(count + 1)):
+            parts.append(_Part(heads._replace(q_start=start, q_stop=stop), first, first + count - 1))
+    return parts
+
+
+def _of_kv_heads(share: Share, group: int, start: int, stop: int) -> Share:
+    """Some kv heads of a share, with their query heads."""
+    return Share(max(share.q_start, start * group), min(share.q_stop, stop * group), start, stop)
+
+
+def _chunk(problem: Problem, number: int, parts: Sequence[_Part], shared: bool) -> Chunk:
+    """The chunk of these parts of every rank's heads."""
     d, dv, stat = problem.head_dim, problem.value_dim, problem.stat_width
-    partial = stat if shared else 1
+    shares, first, last = tuple(zip(*parts, strict=True))
 
-    def section(lens: tuple[int, ...], rows: Sequence[list[tuple[str, int, int, int]]]) -> Section:
-        return Section(lens, tuple(_row(row) for row in rows))
+    def section(lens: tuple[int, ...], rows: Sequence[list[tuple[str, int, int, int]]]) -> tuple[Section, ...]:
+        return (Section(lens, tuple(_row(row) for row in rows)),) if any(rows) else ()
 
-    def q_and_kv(wide: int) -> tuple[Section, ...]:
+    def q_and_kv(carriers: Sequence[int], wide: int) -> tuple[Section, ...]:
         q = [[("q", s.q_heads, d, 1)] for s in shares]
-        kv = [[("k", s.kv_heads, d, wide), ("v", s.kv_heads, dv, wide)] for s in shares]
+        kv = [
+            [("k", s.kv_heads, d, wide), ("v", s.kv_heads, dv, wide)] * (carrier == number)
+            for s, carrier in zip(shares, carriers, strict=True)
+        ]
         if problem.cross:
-            return section(problem.lens, q), section(problem.kv_lens, kv)
-        return (section(problem.lens, [a + b for a, b in zip(q, kv, strict=True)]),)
+            return section(problem.lens, q) + section(problem.kv_lens, kv)
+        return section(problem.lens, [a + b for a, b in zip(q, kv, strict=True)])
 
     def output(with_stat: bool) -> tuple[Section, ...]:
-        return (
-            section(
-                problem.lens,
-                [[("o", s.q_heads, dv, 1)] + [("stat", s.q_heads, 1, stat)] * with_stat for s in shares],
-            ),
+        return section(
+            problem.lens, [[("o", s.q_heads, dv, 1)] + [("stat", s.q_heads, 1, stat)] * with_stat for s in shares]
         )
 
-    return Placement(
+    return Chunk(
         shares=shares,
-        group=group,
-        shared=shared,
-        qkv=q_and_kv(1),
+        holders=first,
+        senders=last,
+        qkv=q_and_kv(first, 1),
         out=output(problem.return_lse),
         grad_out=output(problem.sends_delta),
-        grad_qkv=q_and_kv(partial),
+        grad_qkv=q_and_kv(last, stat if shared else 1),
     )
 
 
 _placed = lru_cache(maxsize=256)(_place)
+
+
+def chunk_count(problem: Problem, asked: int | str) -> int:
+    """In how many chunks a layer goes where `asked` are wanted: every rank needs a query head for each of them.
+
+    "auto" is one: what overlap hides on a CPU it takes away from attention. A callable gets all heads at once.
+    """
+    if asked in ("auto", 1) or problem.attention == "callable":
+        return 1
+    return min(int(asked), *(int(share.q_heads) for share in place(problem).shares))
 
 
 def _row(parts: list[tuple[str, int, int, int]]) -> Row:

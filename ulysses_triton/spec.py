@@ -51,6 +51,7 @@ class Problem:
     recompute: bool = False
     return_lse: bool = False
     grad: bool = False
+    chunks: int = 1  # that a rank's heads go in, at most its query heads
     tuning: str = ""  # of the launch configurations in force, where kernels attend: the rank's own
 
     @property

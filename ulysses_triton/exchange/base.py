@@ -80,6 +80,9 @@ class Control(Protocol):
     def gather(self, payload: bytes) -> list[bytes]:
         """Every rank's payload, in rank order; all have the same length. Raises RuntimeError at the deadline."""
 
+    def begin_gather(self, payload: bytes) -> Callable[[], list[bytes]]:
+        """`gather` in two halves: give the payload now, wait for the others' by calling what is returned."""
+
     def tell(self, text: str) -> None:
         """Leave a last word that peers can read though nobody waits for it."""
 

@@ -85,7 +85,7 @@ def mapped(descriptor: int, size: int) -> memoryview:
     By PyTorch, as Python's own mmap would keep a descriptor open for every mapping.
     """
     memory: Any = torch.UntypedStorage.from_file(f"/proc/self/fd/{descriptor}", True, size)
-    return memoryview(torch.empty(0, dtype=torch.uint8).set_(memory).numpy().data)
+    return memoryview(torch.empty(0, dtype=torch.uint8, device="cpu").set_(memory).numpy().data)
 
 
 def _address(block: Block) -> int:

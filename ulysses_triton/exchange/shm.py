@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from socket import socket
@@ -39,14 +39,27 @@ class Shm(LastWords):
         self.pool = SharedPool()
         self._mesh = mesh
         self._mapped: dict[tuple[int, int], memoryview] = {}  # by rank and number of the segment
+        self._gathers = self._next = 0  # begun, and received
+        self._gathered: dict[int, dict[int, bytes]] = {}  # by number: received ahead of whoever asks for it
         self._epoch = -1  # at which all have arrived; 0 is that of trying out
 
     # -- control
 
     def gather(self, payload: bytes) -> list[bytes]:
+        return self.begin_gather(payload)()
+
+    def begin_gather(self, payload: bytes) -> Callable[[], list[bytes]]:
+        number, self._gathers = self._gathers, self._gathers + 1
         self._mesh.send(_GATHER, payload)
-        every = self._mesh.receive(_GATHER) | {self.rank: payload}
-        return [every[rank] for rank in range(self.size)]
+
+        def finish() -> list[bytes]:
+            while number not in self._gathered:  # frames come in the order of the gathers
+                self._gathered[self._next] = self._mesh.receive(_GATHER)
+                self._next += 1
+            every = self._gathered.pop(number) | {self.rank: payload}
+            return [every[rank] for rank in range(self.size)]
+
+        return finish
 
     def tell(self, text: str) -> None:
         super().tell(text)
@@ -97,7 +110,7 @@ class Shm(LastWords):
         return [
             torch.frombuffer(self._mapped[rank, number], dtype=dtype, count=count, offset=start)
             if count
-            else torch.empty(0, dtype=dtype)
+            else torch.empty(0, dtype=dtype, device="cpu")
             for dtype, number, start, count in zip(dtypes, numbers, numbers, numbers, strict=True)
         ]
 

@@ -34,7 +34,7 @@ def share(store: dist.Store, what: str, group: dist.ProcessGroup, text: str, tim
             f"making a group over {group.group_name!r}: no sign of ranks {absent} within "
             f"{timeout.total_seconds():g} s; every rank of the process group must make it"
         ) from error
-    return [found.decode() for found in store.multi_get(keys)]
+    return [store.get(key).decode() for key in keys]
 
 
 class LastWords:

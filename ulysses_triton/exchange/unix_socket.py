@@ -24,6 +24,7 @@ from pathlib import Path
 _HEAD = struct.Struct("<cI")  # kind, bytes of payload
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 _CHUNK = 1 << 16
+_LONGEST = 3600.0  # seconds of one poll(), which counts milliseconds in 32 bits
 _MOST_DESCRIPTORS = 253  # of one message; Linux's SCM_MAX_FD
 _ANCILLARY = socket.CMSG_SPACE(_MOST_DESCRIPTORS * array.array("i").itemsize)
 
@@ -196,7 +197,9 @@ class Mesh:
 
     def _read(self, deadline: float) -> bool:
         """Sleep until something arrives and take it in; False at the deadline."""
-        ready = self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
+        ready: list[tuple[int, int]] = []
+        while not ready and (left := deadline - time.monotonic()) > 0:
+            ready = self._poll.poll(min(left, _LONGEST) * 1000)
         for number, event in ready:
             peer = self._by_number[number]
             if event & ~select.POLLOUT:

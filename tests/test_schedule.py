@@ -1,0 +1,182 @@
+"""The order of steps, checked by acting it out: ranks that move in any order, and what they read, write and wait for.
+
+The model knows what a step reads and writes, from the placement alone, and nothing of the order. On each rank steps of
+the compute stream run one after the other and exchanges run beside them, started and awaited as the executor does it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ulysses_triton import schedule
+from ulysses_triton.placement import Placement, place
+from ulysses_triton.schedule import Step, Which
+from ulysses_triton.spec import Problem
+
+WRITES = {  # what an exchange carries away once a step has written it
+    "pack": "exchange_in",
+    "attend": "exchange_out",
+    "pack_grad": "exchange_grad_in",
+    "attend_backward": "exchange_grad_out",
+}
+
+
+def problem(ranks: int, heads: int, kv_heads: int, chunks: int) -> Problem:
+    lens = (4,) * ranks
+    return Problem(
+        batch=1, lens=lens, kv_lens=lens, heads=heads, kv_heads=kv_heads, head_dim=8, value_dim=8, dtype="float32",
+        device="cpu", causal=True, scale=1.0, chunks=chunks,
+    )  # fmt: skip
+
+
+@dataclass
+class Rank:
+    """One rank on its way through a schedule."""
+
+    number: int
+    steps: tuple[Step, ...]
+    placement: Placement
+    one_sided: bool
+    place: int = 0
+    done: list[Which] = field(default_factory=list)
+    started: list[Which] = field(default_factory=list)
+    finished: set[Which] = field(default_factory=set)
+    read: set[tuple[str, int]] = field(default_factory=set)  # the rows that attention read
+
+    @property
+    def over(self) -> bool:
+        return self.place == len(self.steps)
+
+
+class World:
+    """All ranks. An exchange has arrived when every rank has started it."""
+
+    def __init__(self, ranks: list[Rank]) -> None:
+        self.ranks = ranks
+
+    def arrived(self, which: Which) -> bool:
+        return all(which in rank.started for rank in self.ranks)
+
+    def can_move(self, rank: Rank) -> bool:
+        """Whether a rank's next step can begin: the exchanges that it waits for have come, as the executor waits."""
+        waits = [w for w in rank.steps[rank.place].after if w[0].startswith("exchange") and w in rank.started]
+        return all(self.arrived(which) for which in waits)
+
+    def move(self, rank: Rank) -> None:
+        step = rank.steps[rank.place]
+        for which in step.after:
+            assert which in rank.done or which in rank.started, f"{step.which} waits for {which}, which comes later"
+            if which in rank.started:
+                rank.finished.add(which)
+        if step.stream == "exchange":
+            self.start(rank, step)
+        else:
+            self.compute(rank, step)
+            rank.done.append(step.which)
+        rank.place += 1
+
+    def start(self, rank: Rank, step: Step) -> None:
+        assert step.which not in rank.started, "one exchange, started twice"
+        writer = next(name for name, exchange in WRITES.items() if exchange == step.name)
+        one_for_all = rank.one_sided and step.name == "exchange_out"
+        for c in range(len(rank.placement.chunks)) if one_for_all else (step.chunk,):
+            assert (writer, c) in rank.done and (writer, c) in step.after, (
+                f"{step.which} sends what {writer} has not written"
+            )
+        rank.started.append(step.which)
+
+    def compute(self, rank: Rank, step: Step) -> None:
+        name, c = step.which
+        chunk, chunks = rank.placement.chunks[c], range(len(rank.placement.chunks))
+        again = ("pack", 0) in [s.which for s in rank.steps]
+        needed: list[Which] = []
+        if name == "attend" or (name == "attend_backward" and again):
+            needed += [("exchange_in", c), ("exchange_in", chunk.holders[rank.number])]
+        if name == "attend_backward":
+            needed.append(("exchange_grad_in", c))
+            first = chunk.holders[rank.number]
+            assert all(("attend_backward", b) in rank.done for b in range(first, c)), "sums of earlier chunks"
+        if name in ("unpack", "unpack_grad"):
+            source = {"unpack": "exchange_out", "unpack_grad": "exchange_grad_out"}[name]
+            needed += [(source, b) for b in chunks]
+        for which in needed:
+            assert which in rank.finished, f"{step.which} reads what {which} may not have brought"
+        if name in WRITES and not (rank.one_sided and name == "attend"):
+            assert (WRITES[name], c) not in rank.started, f"{step.which} writes to what is travelling"
+        assert step.which not in rank.done, "written twice"
+        if name.startswith("attend"):
+            rank.read.add((name, c))
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> tuple[Placement, tuple[Step, ...], bool]:
+    ranks = draw(st.integers(1, 4))
+    heads = ranks * draw(st.integers(1, 6))
+    kv_heads = draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0]))
+    chunks = draw(st.integers(1, heads // ranks))
+    one_sided, backward = draw(st.booleans()), draw(st.booleans())
+    if backward:
+        steps = schedule.backward(draw(st.booleans()), chunks)
+    else:
+        steps = schedule.forward(one_sided, chunks)
+    return place(problem(ranks, heads, kv_heads, chunks)), steps, one_sided and not backward
+
+
+@given(schedules(), st.data())
+def test_ranks_with_any_delays_come_to_the_end_and_read_only_what_is_there(drawn, data):
+    """Whichever rank moves next: none deadlocks, each reads all of its chunks, and exchanges start in one order."""
+    placement, steps, one_sided = drawn
+    ranks = [Rank(number, steps, placement, one_sided) for number in range(len(placement.shares))]
+    world = World(ranks)
+    while not all(rank.over for rank in ranks):
+        ready = [rank for rank in ranks if not rank.over and world.can_move(rank)]
+        assert ready, f"deadlock at {[rank.steps[rank.place].which for rank in ranks if not rank.over]}"
+        world.move(data.draw(st.sampled_from(ready)))
+    assert len({tuple(rank.started) for rank in ranks}) == 1
+    for rank in ranks:
+        assert {c for _, c in rank.read} == set(range(len(placement.chunks)))
+        assert all(world.arrived(which) for which in rank.started)
+
+
+@given(schedules())
+def test_waits_have_no_cycle_and_name_steps_that_come_before(drawn):
+    _, steps, _ = drawn
+    places = {step.which: number for number, step in enumerate(steps)}
+    assert len(places) == len(steps)
+    for step in steps:
+        assert all(places[which] < places[step.which] for which in step.after)
+        assert step.stream == ("exchange" if step.name.startswith("exchange") else "compute")
+
+
+def under_way(steps: tuple[Step, ...], name: str, c: int) -> set[str]:
+    """The exchanges that are started before a step and awaited by none up to it."""
+    at = [step.which for step in steps].index((name, c))
+    started = {step.which for step in steps[:at] if step.stream == "exchange"}
+    awaited = {which for step in steps[: at + 1] for which in step.after}
+    return {f"{exchange} {number}" for exchange, number in started - awaited}
+
+
+def test_an_exchange_in_and_one_out_run_under_every_attention():
+    steps = schedule.forward(False, 3)
+    assert under_way(steps, "attend", 0) == {"exchange_in 1"}
+    assert under_way(steps, "attend", 1) == {"exchange_in 2", "exchange_out 0"}
+    assert under_way(steps, "attend", 2) == {"exchange_out 0", "exchange_out 1"}
+    steps = schedule.backward(True, 2)
+    assert under_way(steps, "attend_backward", 0) == {"exchange_in 1", "exchange_grad_in 1"}
+    assert under_way(steps, "attend_backward", 1) == {"exchange_grad_out 0"}
+
+
+@pytest.mark.parametrize("one_sided", [False, True], ids=["collective", "one-sided"])
+def test_one_chunk_is_the_schedule_without_chunks(one_sided):
+    def names(steps: tuple[Step, ...]) -> list[str]:
+        return [step.name for step in steps]
+
+    forward = ["pack", "exchange_in", "attend", "exchange_out", "unpack"]
+    assert names(schedule.forward(one_sided)) == (forward[:-1] if one_sided else forward)
+    backward = ["pack_grad", "exchange_grad_in", "attend_backward", "exchange_grad_out", "unpack_grad"]
+    assert names(schedule.backward(False)) == backward
+    assert names(schedule.backward(True)) == ["pack", "exchange_in", *backward]

@@ -1,0 +1,144 @@
+"""Where things lie: heads in rows as views, and what a forward keeps for its backward in one buffer.
+
+Pure functions of the problem and the rank. Rows are flat buffers or blocks of them, laid out as the placement says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .kernels._views import ORows, QKVRows, Span
+from .local import choose
+from .placement import Chunk, Field, Row, Section, place, round_up
+from .spec import Problem
+
+_ALIGN = 64  # bytes between the regions of a workspace
+
+
+class Workspace(NamedTuple):
+    """What forward keeps for backward, as byte ranges of one buffer; O in head layout is for aten only."""
+
+    sections: tuple[tuple[slice, ...], ...]  # of every chunk
+    lse: slice  # of all chunks
+    outputs: tuple[slice, ...]  # of every chunk
+    size: int
+
+
+def workspace(problem: Problem, rank: int) -> Workspace:
+    """The workspace of a problem on one rank. Ranges that backward does not need are empty."""
+    placement, local = place(problem), choose(problem)
+    share = placement.shares[rank]
+    stop = 0
+
+    def region(size: int) -> slice:
+        nonlocal stop
+        start = round_up(stop, _ALIGN)
+        stop = start + size
+        return slice(start, stop)
+
+    grad = problem.grad and problem.attention != "callable"  # around a callable, autograd itself keeps the rows
+    row = problem.batch * problem.item_size * grad
+    sections = tuple(
+        tuple(region(sum(s.lens) * s.rows[rank].width * row * (not problem.recompute)) for s in chunk.qkv)
+        for chunk in placement.chunks
+    )
+    lse = region(share.q_heads * problem.seq * problem.stat_width * row)
+    outputs = tuple(
+        region(problem.seq * chunk.out[0].rows[rank].width * row * local.keeps_output) for chunk in placement.chunks
+    )
+    return Workspace(sections, lse, outputs, stop)
+
+
+def stat_dtype(problem: Problem) -> torch.dtype:
+    """Of the LSE, delta and all sums."""
+    return torch.float64 if problem.dtype == "float64" else torch.float32
+
+
+def fields(problem: Problem, row: Row, flat: Tensor, tokens: int) -> dict[str, Tensor]:
+    """The fields of rows as `[tokens, batch, heads, dim]`, an LSE or delta as `[tokens, batch, heads]`.
+
+    Wide ones are fp32 over the bits of the row.
+    """
+    rows = flat.reshape(tokens, problem.batch, row.width)
+    views = {field.name: _field(rows, field, stat_dtype(problem)) for field in row.fields}
+    return {name: view.squeeze(-1) if name == "stat" else view for name, view in views.items()}
+
+
+def _field(rows: Tensor, field: Field, wide: torch.dtype) -> Tensor:
+    part = rows[:, :, field.offset : field.offset + field.size]
+    if field.width > 1:
+        part = part.view(wide)
+    heads = part.unflatten(-1, (field.heads, field.stride))
+    return heads if field.dim == field.stride else heads[..., : field.dim]  # autograd copies for a slice of all
+
+
+def views_of_rows(problem: Problem, rank: int, received: Sequence[Tensor], chunk: int = 0) -> dict[str, Tensor]:
+    """q `[S, B, hq, D]`, k `[Sk, B, hkv, D]` and v `[Sk, B, hkv, Dv]` of a rank, in the rows of a chunk it received.
+
+    Without k and v where another chunk has them.
+    """
+    views: dict[str, Tensor] = {}
+    for rows, section in zip(received, place(problem).chunks[chunk].qkv, strict=True):
+        views |= fields(problem, section.rows[rank], rows, sum(section.lens))
+    return views
+
+
+def o_of_rows(problem: Problem, rank: int, rows: Tensor) -> Tensor:
+    """O (or its gradient) `[S, B, hq, Dv]` of a rank's heads, in rows `[S, B, row]` in head layout."""
+    return fields(problem, place(problem).chunks[0].out[0].rows[rank], rows, problem.seq)["o"]
+
+
+def qkv_rows(
+    problem: Problem, rank: int, chunk: Chunk, sections: Sequence[Section], blocks: Sequence[Sequence[Tensor]]
+) -> Iterator[QKVRows]:
+    """Every rank's block of my tokens in each section, as q, k and v (or their gradients)."""
+    for owner, share in enumerate(chunk.shares):
+        views: dict[str, Tensor] = {}
+        for of_ranks, section in zip(blocks, sections, strict=True):
+            views |= fields(problem, section.rows[owner], of_ranks[owner], section.lens[rank])
+        shape = problem.kv_lens[rank], problem.batch, 0
+        k, v = (
+            views[name] if name in views else views["q"].new_empty((*shape, dim))
+            for name, dim in (("k", problem.head_dim), ("v", problem.value_dim))
+        )
+        yield QKVRows(views["q"], k, v, share.q_start, share.kv_start)
+
+
+def o_rows(
+    problem: Problem, rank: int, chunk: Chunk, section: Section, blocks: Sequence[Tensor]
+) -> Iterator[ORows]:  # fmt: skip
+    """Every rank's block of my tokens, as O (or its gradient) and LSE (or delta)."""
+    for owner, share in enumerate(chunk.shares):
+        views = fields(problem, section.rows[owner], blocks[owner], section.lens[rank])
+        yield ORows(views["o"], views.get("stat"), share.q_start)
+
+
+def spans(
+    problem: Problem, rank: int, section: Section, blocks: Sequence[Tensor], names: tuple[str, ...]
+) -> list[Span]:  # fmt: skip
+    """Where a rank's results for every token go: a block per rank, or one block with all of them."""
+    lens = section.lens if len(blocks) > 1 else (sum(section.lens),)
+    found = []
+    for block, start, n in zip(blocks, starts(lens), lens, strict=True):
+        views = fields(problem, section.rows[rank], block, n)
+        found.append(Span(start, tuple(views.get(name) for name in names)))
+    return found
+
+
+def starts(lens: Sequence[int]) -> list[int]:
+    return [sum(lens[:rank]) for rank in range(len(lens))]
+
+
+def tidied(flat: Tensor, tokens: int, batch: int, row: Row) -> Tensor:
+    """Rows as `[tokens, batch, row]`, with zeros where nobody wrote: the results of an op say the same every time."""
+    rows = flat.view(tokens, batch, row.width)
+    stop = 0
+    for field in row.fields:
+        stop = field.offset + field.size
+        rows[..., field.offset : stop].unflatten(-1, (field.heads, field.stride))[..., field.dim :].zero_()
+    rows[..., stop:].zero_()
+    return rows
