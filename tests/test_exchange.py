@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fake_nccl
+import fake_symm
 import pytest
 import torch
 import torch.distributed as dist
@@ -63,13 +64,15 @@ def on_exchange(name, pool, work, *arguments):
     """What `work(group, *arguments)` returns on three ranks of an exchange."""
     if name == "nccl":
         return fake_nccl.run(3, lambda g: work(g, *arguments))
+    if name == "symm":
+        return fake_symm.run(3, work, *arguments)
     if name == "virtual":
         return run_virtual(3, lambda g: work(g, *arguments))
     return pool.run(3, on_a_process, name, work, *arguments)
 
 
-# nccl: its own code over a fake of NCCL and of CUDA's streams
-every_exchange = pytest.mark.parametrize("name", ["torch", "shm", "nccl", "virtual"])
+# nccl and symm: their own code over fakes of NCCL, CUDA's streams and symmetric memory
+every_exchange = pytest.mark.parametrize("name", ["torch", "shm", "nccl", "symm", "virtual"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)

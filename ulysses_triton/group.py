@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from . import errors, spec
 from .errors import ExchangeError, GroupError, OptionError, ShapeError, UlyssesError
-from .exchange import nccl_library
+from .exchange import nccl_library, symm
 from .exchange.base import Control, Exchange, Watched
 from .exchange.nccl import NcclExchange
 from .exchange.one_sided import OneSidedExchange
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from .tracing import Trace
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
-EXCHANGES = ("auto", "shm", "nccl", "torch")
+EXCHANGES = ("auto", "shm", "nccl", "symm", "torch")
 _RECORD = struct.Struct("<q?q8s")  # call number, refused, seed, hash of the signature
 _TEXT_BYTES = 4096  # of a signature or a refusal, where ranks differ
 _WORDS_SECONDS = 1.0  # how long a failing rank waits for its peers' last words
@@ -60,8 +60,9 @@ class UlyssesGroup:
             group would hold a part of one sequence.
         exchange: who carries the rows: "shm" (every rank writes into the others' memory; CPU tensors, ranks that are
             processes of one Linux host), "nccl" (a communicator of its own, through cupy; rows on the CPU still go over
-            the group), "torch" (`all_to_all_single` on the group), or "auto": "shm" for a gloo group whose ranks find
-            that they can, "nccl" for CUDA where they have it, otherwise "torch". The same on every rank.
+            the group), "symm" (as "shm", between GPUs of one NVLink domain, over PyTorch's symmetric memory; not yet
+            run on a GPU), "torch" (`all_to_all_single` on the group), or "auto": "shm" for a gloo group whose ranks
+            find that they can, "nccl" for CUDA where they have it, otherwise "torch". The same on every rank.
         chunks: in how many parts a rank's heads go, so that the exchange of one hides behind the attention of another:
             a number, which calls with fewer query heads per rank lower to that, or "auto": on a GPU what the cost
             model predicts to be fastest, and 1 on CPUs, where overlap takes from attention what it hides, and in
@@ -99,7 +100,8 @@ class UlyssesGroup:
         self.devices = frozenset({"cpu", "cuda"})
         if self.process_group is not None and self.process_group.size() > 1:
             carriers = _carriers(exchange, self.process_group, timeout)
-            self.devices = frozenset({"cpu"}) if carriers[1].name == "shm" else _devices(self.process_group)
+            own = {"shm": frozenset({"cpu"}), "symm": frozenset({"cuda"})}
+            self.devices = own.get(carriers[1].name) or _devices(self.process_group)
         else:
             member = group if isinstance(group, VirtualMember) else VirtualWorld(1).member(0)
             why = "one rank: nothing to exchange" if member.size == 1 else "ranks are threads of this process"
@@ -395,9 +397,19 @@ def _carriers(exchange: str, group: dist.ProcessGroup, timeout: timedelta) -> tu
         if exchange == "shm":
             raise GroupError(
                 f'exchange="shm" cannot carry group {group.group_name!r}: {found}. It needs all ranks to be processes '
-                'of one Linux host, container and user; exchange="torch" needs nothing of that'
+                'of one Linux host, container and user; exchange="nccl" or "torch" needs nothing of that'
             )
         why = f"{why}; not shm: {found}"
+    if exchange == "symm":
+        control = GlooControl(group, timeout)
+        symmetric = symm.meet(group, store, control, timeout)
+        if not isinstance(symmetric, str):
+            return control, symm.SymmetricExchange(symmetric), symmetric.pool, "symm: the GPUs write into each other"
+        control.close()
+        raise GroupError(
+            f'exchange="symm" cannot carry group {group.group_name!r}: {symmetric}. It needs a CUDA GPU per rank, all '
+            'on one host with peer access (NVLink); exchange="nccl" or "torch" needs nothing of that'
+        )
     pool = Pool()
     control, over_group = GlooControl(group, timeout), TorchExchange(group, pool, timeout)
     if exchange == "nccl" or (exchange == "auto" and "cuda" in devices):
