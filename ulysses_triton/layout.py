@@ -64,15 +64,18 @@ def fields(problem: Problem, row: Row, flat: Tensor, tokens: int) -> dict[str, T
     Wide ones are fp32 over the bits of the row.
     """
     rows = flat.reshape(tokens, problem.batch, row.width)
-    views = {field.name: _field(rows, field, stat_dtype(problem)) for field in row.fields}
-    return {name: view.squeeze(-1) if name == "stat" else view for name, view in views.items()}
+    sizes = [field.size for field in row.fields]
+    # Autograd joins these in one pass, where each slice would cost its own; unsafe: a callable may write to its q.
+    parts = torch.unsafe_split_with_sizes(rows, [*sizes, row.width - sum(sizes)], -1)
+    return {f.name: _field(part, f, stat_dtype(problem)) for f, part in zip(row.fields, parts, strict=False)}
 
 
-def _field(rows: Tensor, field: Field, wide: torch.dtype) -> Tensor:
-    part = rows[:, :, field.offset : field.offset + field.size]
+def _field(part: Tensor, field: Field, wide: torch.dtype) -> Tensor:
     if field.width > 1:
         part = part.view(wide)
-    heads = part.unflatten(-1, (field.heads, field.stride))
+    if field.name == "stat":
+        return part
+    heads = part.view(*part.shape[:2], field.heads, field.stride)
     return heads if field.dim == field.stride else heads[..., : field.dim]  # autograd copies for a slice of all
 
 
