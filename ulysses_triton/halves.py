@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import executor, layout
 from .call import SCHEMA, Call, agreed, describe
@@ -99,6 +100,7 @@ class _Split(torch.autograd.Function):
         return tuple(layout.split(rows, sizes))
 
     @staticmethod
+    @once_differentiable  # or no `out=` with create_graph
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         try:
             rows = ctx.group.pool.take(ctx.shape, grads[0].dtype, grads[0].device)
