@@ -25,9 +25,9 @@ def copied_bytes(profile) -> int:
     return sum(4 * n for n in copies if n > CONTROL)
 
 
-def copies_of_a_layer(ctx, exchange, attention):
-    q, k, v = (torch.randn(BATCH, TOKENS // 2, HEADS, DIM, requires_grad=True) for _ in range(3))
-    dout = torch.randn(BATCH, TOKENS // 2, HEADS, DIM)
+def copies_of_a_layer(ctx, exchange, attention, dtype=torch.float32):
+    q, k, v = (torch.randn(BATCH, TOKENS // 2, HEADS, DIM, dtype=dtype, requires_grad=True) for _ in range(3))
+    dout = torch.randn(BATCH, TOKENS // 2, HEADS, DIM, dtype=dtype)
     with UlyssesGroup(ctx.group, exchange=exchange) as group:
         with torch.autograd.profiler.profile(record_shapes=True) as forward:
             out = ulysses_attention(q, k, v, group, attention=attention)
@@ -56,6 +56,42 @@ def test_a_layer_copies_each_byte_once(pool, exchange, attention):
         else:
             assert forward == 3 * PART + PART + LSE + unpack + 3 * PART
             assert backward == PART + LSE + 3 * PART + 3 * PART + 4 * PART + 2 * LSE
+
+
+class OneForAll(torch.autograd.Function):
+    """An attention that moves nothing: q for the output, and its gradient for those of q, k and v."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        return q.view_as(q)
+
+    @staticmethod
+    def backward(ctx, dout):
+        return dout, dout, dout
+
+
+def of_a_callable(q, k, v, **_):
+    return OneForAll.apply(q, k, v)
+
+
+def of_a_callable_that_copies(q, k, v, **_):
+    return OneForAll.apply(q, k, v).contiguous()
+
+
+@pytest.mark.parametrize("attention", [of_a_callable, of_a_callable_that_copies])
+@pytest.mark.parametrize("exchange", ["shm", "torch"])
+def test_the_halves_around_a_callable_copy_each_byte_once(pool, exchange, attention):
+    """Pack q, k, v; place O; unpack it. Back: pack dO; unpack dq, dk, dv, which autograd has joined to rows.
+
+    It joins them in one `aten::cat`, whose sizes the profiler does not tell, and not slice by slice with zeros around.
+    Over shared memory O goes straight to its place, and rows of gradients are copied to the peers. Over the process
+    group an output that is contiguous travels as it lies.
+    """
+    own = PART if attention is of_a_callable_that_copies else 0
+    forward = 3 * PART + own + (PART if exchange == "shm" else PART + PART - own)
+    backward = PART + (3 * PART if exchange == "shm" else 0) + 3 * PART
+    fp64 = torch.float64  # whose rows PyTorch moves here, too; an element counts as 4 bytes all the same
+    assert pool.run(2, copies_of_a_layer, exchange, attention, fp64) == [(forward, backward)] * 2
 
 
 @masks.register

@@ -13,7 +13,6 @@ from . import cost, halves, masks, op
 from .call import Call, describe
 from .errors import DeviceError, DtypeError, OptionError, ShapeError, UlyssesError
 from .group import Groupish, UlyssesGroup, resolve
-from .layout import views_of_rows
 from .packed import Offsets, kept_tables
 from .packed import check as check_packing
 from .packed import tables as packed_tables
@@ -354,7 +353,7 @@ def _around(group: UlyssesGroup, attention: Callable[..., Tensor], call: Call, p
     rows, kv_rows = halves.exchange_in(*call)
     problem, _ = describe(group, call)
     received = [rows, kv_rows] if problem.cross else [rows]
-    views = views_of_rows(problem, group.rank, received)
+    views = halves.received_views(problem, group, received)
     q, k, v = (views[name].transpose(0, 1) for name in ("q", "k", "v"))
     index = place(problem).kv_head_of(group.rank)
     if len(index) % k.size(2) or index != [h // (len(index) // k.size(2)) for h in range(len(index))]:

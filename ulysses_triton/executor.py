@@ -106,16 +106,16 @@ def exchange_in_backward(
     sections = run.chunks[0].qkv
     run.chunks = (run.chunks[0]._replace(grad_qkv=sections),)
     run.grads = grads
-    run.send("exchange_grad_out", outbound, sections, rows[: len(sections)])
+    run.send_rows(sections, rows[: len(sections)])
     run.all(schedule.IN_BACKWARD)
     return run.norm_grads
 
 
-def exchange_out(problem: Problem, group: UlyssesGroup, inputs: Inputs, rows: Tensor) -> Tensor:
-    """The outbound half alone: rows `[S, B, row]` of O in head layout to out `[B, L, Hq, Dv]`."""
+def exchange_out(problem: Problem, group: UlyssesGroup, inputs: Inputs, o: Tensor) -> Tensor:
+    """The outbound half alone: O `[S, B, hq, Dv]` in head layout to out `[B, L, Hq, Dv]`."""
     run = _Run(problem, group, inputs)
-    run.send("exchange_out", outbound, run.chunks[0].out, [rows])
-    run.all(schedule.OUT)
+    run.send_output(o)
+    run.all(schedule.out(group.exchange.one_sided))
     assert run.out is not None
     return run.out
 
@@ -193,19 +193,23 @@ class _Run:
         self.local.pack(*self.inputs[:3], list(rows), self.inputs.transform)
 
     def _attend(self, c: int) -> None:
-        p, sections = self.problem, self.chunks[c].out
+        p = self.problem
         kept = self.saved[self.space.outputs[c]].view(self.dtype)
-        if self.group.exchange.one_sided:
-            spans = self._straight_out(c)
-            if kept.numel():
-                spans += layout.spans(p, self.rank, sections[0], [kept], ("o", "stat"))
-        else:
-            receive = [self._take(sum(message.receive)) for message in self._messages(outbound, sections)]
-            send = [kept] if kept.numel() else None  # what is kept is what travels
-            hop = self._open("exchange_out", c, outbound, sections, receive, send)
-            spans = layout.spans(p, self.rank, sections[0], send or hop.blocks[0], ("o", "stat"))
+        spans = self._out_spans(c, kept if kept.numel() else None)  # what is kept is what travels
+        if self.group.exchange.one_sided and kept.numel():
+            spans += layout.spans(p, self.rank, self.chunks[c].out[0], [kept], ("o", "stat"))
         lse = self._head_lse(c) if p.grad else None
         self.local.attend_forward(*self._qkv(c), spans, lse, self._options(c))
+
+    def _out_spans(self, c: int, send: Tensor | None) -> list[Span]:
+        """Open the hop of a chunk's output, and where its results go: at the peers, in `send` or in a new buffer."""
+        if self.group.exchange.one_sided:
+            return self._straight_out(c)
+        sections = self.chunks[c].out
+        receive = [self._take(sum(message.receive)) for message in self._messages(outbound, sections)]
+        hop = self._open("exchange_out", c, outbound, sections, receive, [send])
+        blocks = hop.blocks[0] if send is None else [send]
+        return layout.spans(self.problem, self.rank, sections[0], blocks, ("o", "stat"))
 
     def _straight_out(self, c: int) -> list[Span]:
         """Where a chunk's results go at each rank, in their final layout; the first one offers mine to the peers."""
@@ -335,21 +339,26 @@ class _Run:
         recorder = self.group.recorder
         return hop if recorder is None else recorder.hop(self.group, name, c, hop, into or (), part, self.device)
 
-    def send(
-        self,
-        name: str,
-        direction: Callable[[Section, int, int], Message],
-        sections: Sequence[Section],
-        rows: Sequence[Tensor],
-    ) -> None:
-        """Open a hop for rows that lie in head layout already; only a one-sided exchange needs them copied."""
-        flat = [part.contiguous().view(-1) for part in rows]
-        messages = self._messages(direction, sections)
-        hop = self._open(name, 0, direction, sections, [self._take(sum(message.receive)) for message in messages], flat)
-        if self.group.exchange.one_sided:
-            for part, blocks, message in zip(flat, hop.blocks, messages, strict=True):
-                for block, mine in zip(blocks, torch.split(part, list(message.send)), strict=True):
-                    block.copy_(mine)
+    def send_rows(self, sections: Sequence[Section], rows: Sequence[Tensor]) -> None:
+        """Open the hop of gradients that lie in rows already; only a one-sided exchange needs them copied."""
+        receive = [self._take(sum(message.receive)) for message in self._messages(outbound, sections)]
+        one_sided = self.group.exchange.one_sided
+        flat = None if one_sided else [part.contiguous().view(-1) for part in rows]
+        hop = self._open("exchange_grad_out", 0, outbound, sections, receive, flat)
+        if one_sided:
+            for part, section, blocks in zip(rows, sections, hop.blocks, strict=True):
+                for block, mine in zip(blocks, part.split(section.lens), strict=True):
+                    block.view(mine.shape).copy_(mine)
+
+    def send_output(self, o: Tensor) -> None:
+        """Open the hop of a callable's output `[S, B, hq, Dv]`, and copy that unless it travels as it lies."""
+        sections = self.chunks[0].out
+        as_it_lies = o.is_contiguous() and o.size(2) * o.size(3) == sections[0].rows[self.rank].width
+        spans = self._out_spans(0, o.view(-1) if as_it_lies else None)
+        if self.group.exchange.one_sided or not as_it_lies:
+            for start, (view, _) in spans:
+                assert view is not None
+                view.copy_(o[start : start + len(view)])
 
     def _start(self, name: str, c: int) -> None:
         self.group.counts[name] += 1

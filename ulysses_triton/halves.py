@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import executor, layout
 from .call import SCHEMA, Call, agreed, describe
+from .errors import UlyssesError
 from .executor import Inputs
-from .group import by_name
+from .group import UlyssesGroup, by_name
 from .op import QKV, grads_of, like_inputs, small_grads
 from .placement import place
 from .spec import Problem
@@ -89,6 +91,34 @@ def _backward_in(ctx: Any, rows: Tensor, kv_rows: Tensor) -> tuple[Any, ...]:
 exchange_in.register_autograd(_backward_in, setup_context=_setup_in)
 
 
+class _Split(torch.autograd.Function):
+    """Parts of rows, whose gradients are joined in memory of the group's: fresh pages would cost more than the rest."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sizes: list[int], group: UlyssesGroup) -> tuple[Tensor, ...]:
+        ctx.shape, ctx.group = rows.shape, group
+        return tuple(layout.split(rows, sizes))
+
+    @staticmethod
+    @once_differentiable  # or no `out=` with create_graph
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        try:
+            rows = ctx.group.pool.take(ctx.shape, grads[0].dtype, grads[0].device)
+        except UlyssesError as error:  # no memory for them
+            ctx.group.refuse(error)
+            raise
+        return torch.cat(grads, -1, out=rows), None, None
+
+
+def received_views(problem: Problem, group: UlyssesGroup, received: Sequence[Tensor]) -> dict[str, Tensor]:
+    """q, k and v in what `exchange_in` returned, as the callable gets them."""
+    if torch.compiler.is_compiling():
+        return layout.views_of_rows(problem, group.rank, received)
+    return layout.views_of_rows(
+        problem, group.rank, received, split=lambda rows, sizes: _Split.apply(rows, sizes, group)
+    )
+
+
 @torch.library.custom_op("ulysses_triton::exchange_out", mutates_args=())
 def exchange_out(
     o: Tensor, group: str, heads: int, kv_heads: int, head_dim: int, lens: list[int], causal: bool
@@ -97,14 +127,8 @@ def exchange_out(
     own = by_name(group)
     problem = _output_problem(o, heads, kv_heads, head_dim, lens, causal)
     own.agree("exchange out", problem.signature, device=problem.device)
-    width = place(problem).chunks[0].out[0].rows[own.rank].width
-    if o.size(2) * o.size(3) == width:
-        rows = o.flatten(2)
-    else:
-        rows = o.new_empty(*o.shape[:2], width)
-        layout.o_of_rows(problem, own.rank, rows).copy_(o)
     with own.call():
-        return executor.exchange_out(problem, own, Inputs(rows, rows, rows, None), rows)
+        return executor.exchange_out(problem, own, Inputs(o, o, o, None), o)
 
 
 @exchange_out.register_fake

@@ -5,8 +5,8 @@ Pure functions of the problem and the rank. Rows are flat buffers or blocks of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -58,32 +58,44 @@ def stat_dtype(problem: Problem) -> torch.dtype:
     return torch.float64 if problem.dtype == "float64" else torch.float32
 
 
-def fields(problem: Problem, row: Row, flat: Tensor, tokens: int) -> dict[str, Tensor]:
+Split: TypeAlias = Callable[[Tensor, list[int]], Sequence[Tensor]]
+
+
+def split(rows: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    """Autograd joins these in one pass, where each slice would cost its own; unsafe: a callable may write to its q."""
+    return torch.unsafe_split_with_sizes(rows, sizes, -1)
+
+
+def fields(problem: Problem, row: Row, flat: Tensor, tokens: int, split: Split = split) -> dict[str, Tensor]:
     """The fields of rows as `[tokens, batch, heads, dim]`, an LSE or delta as `[tokens, batch, heads]`.
 
     Wide ones are fp32 over the bits of the row.
     """
     rows = flat.reshape(tokens, problem.batch, row.width)
-    views = {field.name: _field(rows, field, stat_dtype(problem)) for field in row.fields}
-    return {name: view.squeeze(-1) if name == "stat" else view for name, view in views.items()}
+    sizes = [field.size for field in row.fields]
+    parts = split(rows, [*sizes, row.width - sum(sizes)])
+    return {f.name: _field(part, f, stat_dtype(problem)) for f, part in zip(row.fields, parts, strict=False)}
 
 
-def _field(rows: Tensor, field: Field, wide: torch.dtype) -> Tensor:
-    part = rows[:, :, field.offset : field.offset + field.size]
+def _field(part: Tensor, field: Field, wide: torch.dtype) -> Tensor:
     if field.width > 1:
         part = part.view(wide)
-    heads = part.unflatten(-1, (field.heads, field.stride))
+    if field.name == "stat":
+        return part
+    heads = part.view(*part.shape[:2], field.heads, field.stride)
     return heads if field.dim == field.stride else heads[..., : field.dim]  # autograd copies for a slice of all
 
 
-def views_of_rows(problem: Problem, rank: int, received: Sequence[Tensor], chunk: int = 0) -> dict[str, Tensor]:
+def views_of_rows(
+    problem: Problem, rank: int, received: Sequence[Tensor], chunk: int = 0, split: Split = split
+) -> dict[str, Tensor]:
     """q `[S, B, hq, D]`, k `[Sk, B, hkv, D]` and v `[Sk, B, hkv, Dv]` of a rank, in the rows of a chunk it received.
 
     Without k and v where another chunk has them.
     """
     views: dict[str, Tensor] = {}
     for rows, section in zip(received, place(problem).chunks[chunk].qkv, strict=True):
-        views |= fields(problem, section.rows[rank], rows, sum(section.lens))
+        views |= fields(problem, section.rows[rank], rows, sum(section.lens), split)
     return views
 
 

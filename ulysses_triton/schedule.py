@@ -80,6 +80,11 @@ def _all(name: str, chunks: int) -> tuple[Which, ...]:
 
 # The halves of a layer whose attention is the user's own callable, and their backwards.
 IN = _then("pack", "exchange_in")
-OUT = (Step("exchange_out", "exchange"), Step("unpack", "compute", 0, (("exchange_out", 0),)))
 OUT_BACKWARD = _then("pack_grad", "exchange_grad_in")
 IN_BACKWARD = (Step("exchange_grad_out", "exchange"), Step("unpack_grad", "compute", 0, (("exchange_grad_out", 0),)))
+
+
+def out(one_sided: bool) -> tuple[Step, ...]:
+    """The outbound half; where ranks write into each other's memory nothing is unpacked."""
+    exchange, unpack = Step("exchange_out", "exchange"), Step("unpack", "compute", 0, (("exchange_out", 0),))
+    return (exchange,) if one_sided else (exchange, unpack)
