@@ -48,7 +48,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "exchange.torch_dist",
         "exchange.virtual",
     ),
-    "engine": ("call", "executor", "group", "halves", "layout", "local", "memo", "op", "tracing"),
+    "engine": ("call", "executor", "group", "halves", "layout", "local", "memo", "op", "projection", "tracing"),
     "face": (
         "",  # __init__
         "__main__",

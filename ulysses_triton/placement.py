@@ -81,6 +81,13 @@ class Section(NamedTuple):
     rows: tuple[Row, ...]
 
 
+class Heads(NamedTuple):
+    """Numbers of the model's heads, in the order in which they lie side by side."""
+
+    q: tuple[int, ...]
+    kv: tuple[int, ...]
+
+
 class Message(NamedTuple):
     """What one rank sends and receives for a section, in elements, and where its block lands at each peer."""
 
@@ -96,6 +103,7 @@ class Chunk(NamedTuple):
     """
 
     shares: tuple[Share, ...]
+    heads: Heads  # that all ranks' rows hold on the way in, in the ranks' order, each once
     holders: tuple[int, ...]  # of every rank: the chunk whose rows hold k and v of its kv heads, at most this one
     senders: tuple[int, ...]  # and the one that their gradients leave with, at least this one
     qkv: tuple[Section, ...]
@@ -220,8 +228,13 @@ def _chunk(problem: Problem, number: int, parts: Sequence[_Part], shared: bool) 
             problem.lens, [[("o", s.q_heads, dv, 1)] + [("stat", s.q_heads, 1, stat)] * with_stat for s in shares]
         )
 
+    holding = [share for share, holder in zip(shares, first, strict=True) if holder == number]
     return Chunk(
         shares=shares,
+        heads=Heads(
+            tuple(h for share in shares for h in range(share.q_start, share.q_stop)),
+            tuple(sorted({h for share in holding for h in range(share.kv_start, share.kv_stop)})),
+        ),
         holders=first,
         senders=last,
         qkv=q_and_kv(first, 1),
