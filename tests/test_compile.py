@@ -155,6 +155,32 @@ def test_chunks_are_in_the_graph_and_in_the_name_by_which_a_cached_graph_finds_i
         assert "in 3 chunks" in group.name and "in 2 chunks" in other.name
 
 
+class Projected(Block):
+    """The same block in one call with its projections."""
+
+    def forward(self, x: torch.Tensor, **given) -> torch.Tensor:
+        around = {"weight": self.qkv.weight, "bias": self.qkv.bias, "out_weight": self.out.weight, "out_bias": self.out.bias}
+        options = {"heads": HEADS, "kv_heads": KV_HEADS, "q_norm": self.q_norm, "k_norm": self.q_norm, **around}
+        return x + ulysses_qkv_attention(
+            self.norm(x), self.group, causal=True, attention=self.attention, **options, **given
+        ).tanh()
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_projections_are_in_the_graph(backend, checkpointing, dynamic):
+    with UlyssesGroup(chunks=2) as group:
+        model, apart = (Model(group, fused=True, checkpointing=checkpointing) for _ in range(2))
+        for i, block in enumerate(model.blocks):
+            model.blocks[i] = Projected(group, fused=True)
+            model.blocks[i].load_state_dict(block.state_dict())
+        x = torch.randn(2, 12, 32, generator=torch.Generator().manual_seed(1))
+        compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)
+        for got, expected in zip(gradients(model, compiled, x), gradients(apart, apart, x), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_the_default_group_is_found_while_tracing(backend):
     hold_compiled(None, backend, fused=True, checkpointing=False)
