@@ -23,11 +23,11 @@ from ulysses_triton.kernels._documents import documents
 def op_arguments(group, q, k, v, **given) -> Call:
     heads, kv_heads = (0, 0) if k is not None else (2, 1)
     plain = Call(
-        q, k, v, cos=None, sin=None, q_norm=None, k_norm=None, sinks=None, slopes=None, weight=None,
-        bias=None, out_weight=None, out_bias=None, q_documents=None, k_documents=None, blocks=None, seed=None, captured=[], group=group.name, heads=heads, kv_heads=kv_heads,
-        lens=[], kv_lens=[], causal=True, scale=0.25, window=[], softcap=None, dropout_p=0.0, dropout_seed=None,
-        predicate="", rope_interleaved=False, rope_dim=0, norm_eps=1e-6, attention="reference", recompute=False,
-        return_lse=False, grad=True, abi=op.ABI,
+        q, k, v, cos=None, sin=None, q_norm=None, k_norm=None, sinks=None, slopes=None, weight=None, bias=None,
+        out_weight=None, out_bias=None, q_documents=None, k_documents=None, blocks=None, seed=None, captured=[],
+        group=group.name, heads=heads, kv_heads=kv_heads, lens=[], kv_lens=[], causal=True, scale=0.25, window=[],
+        softcap=None, dropout_p=0.0, dropout_seed=None, predicate="", rope_interleaved=False, rope_dim=0,
+        norm_eps=1e-6, attention="reference", recompute=False, return_lse=False, grad=True, abi=op.ABI,
     )  # fmt: skip
     return plain._replace(**given)
 

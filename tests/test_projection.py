@@ -311,7 +311,7 @@ def test_mistakes_are_refused_on_every_rank():
     refused(ShapeError, r"bias has shape \[5\]", bias=torch.randn(5))
     refused(ShapeError, "out_weight has shape.*4 x 16 = 64", out_weight=torch.randn(20, 48))
     refused(ShapeError, r"out_bias has shape \[64\]", out_bias=torch.randn(64))
-    refused(DtypeError, "x has dtype torch.float32 and weight has torch.bfloat16", weight=torch.randn(128, 24).bfloat16())
+    refused(DtypeError, "x has dtype torch.float32 and weight has torch.float16", weight=torch.randn(128, 24).half())
     refused(DtypeError, "out_bias has torch.float64", out_bias=torch.randn(20).double())
     refused(DtypeError, "weight is a list", weight=[1.0])
     refused(OptionError, "bias is given without weight", x=torch.randn(1, 4, 128), weight=None, bias=torch.randn(128))
@@ -399,6 +399,6 @@ def test_projections_run_while_rows_travel(pool, one_sided):
         for product, exchange in hidden:
             inside, around = events[product], events[exchange]
             assert around.start <= inside.start and inside.end <= around.end
-            assert around.seconds >= TRAVEL and around.exposed <= TRAVEL - PRODUCT / 2, "waits no more than what is left"
+            assert around.seconds >= TRAVEL and around.exposed <= TRAVEL - PRODUCT / 2, "waits for what is left"
         weights, first = events["project_out_weight_grad", 0], events["exchange_grad_in", 0]
         assert first.start <= weights.start and weights.end <= first.end
