@@ -26,7 +26,6 @@ with mask through the first pointer and its rows 36..63 through the second.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._cache import Tiles
+from ._table import kept, table
 from ._views import Span
 
 L2_BYTES = 24 << 20  # what the rows of one section of heads may take: about half of the L2 of recent GPUs
@@ -214,12 +214,10 @@ def span_table(spans: Sequence[Span], units: tuple[int, int], device: torch.devi
         for view, u in zip((*span.views, None)[:2], units, strict=True):
             rows += (0, 0) if view is None else (view.data_ptr(), strides(view)[1] // u)
         rows += (span.start, span.start + _tokens(span))
-    return _table(tuple(rows), device)
+    return _table(tuple(rows), device).view(-1, 6)
 
 
-@lru_cache(maxsize=4096)
-def _table(rows: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(rows, dtype=torch.int64).view(-1, 6).to(device)
+_table = kept(table)
 
 
 def shared_strides(spans: Sequence[Span], view: int, unit: int) -> tuple[int, int]:

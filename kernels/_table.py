@@ -6,7 +6,11 @@ serves one buffer, P message blocks of it and P peers' buffers alike. Strides ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -15,6 +19,7 @@ from torch import Tensor
 
 Place = tuple[int, torch.Size, tuple[int, ...], torch.dtype]  # pointer, shape, strides, dtype
 TABLES = 4096  # that each kind of pass keeps
+_Made = TypeVar("_Made")
 
 
 @triton.jit
@@ -70,10 +75,43 @@ def common_unit(views: Iterable[Place], unit: int) -> int:
     return unit
 
 
-def table(rows: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
-    """`rows` as an int64 tensor on `device`.
+def kept(make: Callable[..., _Made]) -> Callable[..., _Made]:
+    """`make`, of tables, keeping what it made for the latest arguments: pooled buffers recur, so that in the steady
+    state nothing is copied. It keeps more tables than a GPU queues launches: no kernel has to read one that is dropped.
 
-    Callers keep theirs (`lru_cache`), because pooled buffers recur: in the steady state nothing is copied. They keep
-    more tables than a GPU queues launches, so that no kernel still has to read one that is dropped.
+    What is made while a CUDA graph is captured belongs to the graph, and is filled only when that is replayed.
     """
-    return torch.tensor(rows, dtype=torch.int64, device=device)
+    found: OrderedDict[Any, _Made] = OrderedDict()
+
+    @wraps(make)
+    def get(*key: Any) -> _Made:
+        with suppress(KeyError):
+            found.move_to_end(key)
+            return found[key]
+        made = make(*key)
+        if not _capturing():
+            found[key] = made
+            if len(found) > TABLES:
+                with suppress(KeyError):  # another thread's rank dropped it
+                    found.popitem(last=False)
+        return made
+
+    return get
+
+
+def table(rows: Sequence[tuple[int, ...]] | tuple[int, ...], device: torch.device) -> Tensor:
+    """`rows` as an int64 tensor on `device`; the host does not wait for it to get there."""
+    made = torch.tensor(rows, dtype=torch.int64)
+    if device.type != "cuda":
+        return made.to(device)
+    made = made.pin_memory()
+    if _capturing():
+        _replayed.append(made)
+    return made.to(device, non_blocking=True)
+
+
+_replayed: list[Tensor] = []  # which graphs copy from at every replay, some hundred bytes each
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

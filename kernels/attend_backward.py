@@ -13,8 +13,8 @@ Two kernels, so that every element has one owner and a fixed order of sums, with
 query tile and walks over key tiles as the forward does; `attend_dkv_kernel` holds a key tile of one kv head and walks
 over the query tiles of all query heads that attend it (first the partial ones of every head, then the full ones), with
 scores transposed (`[BLOCK_N, BLOCK_M]`) so that both accumulators have the key tile's shape. Queries past S carry an
-LSE of +inf, which makes their P zero. Where the query heads of a kv head come in several calls, each adds
-its dk and dv to the sums of the one before.
+LSE of +inf, which makes their P zero. Where the query heads of a kv head come in several calls, each starts from
+the sums of the one before.
 
 Layout: rows `[tokens, B, row]` as in the forward; delta is a strided view (it rides at the end of the dO rows); results
 go to spans of tokens (`_rows`), cast to the destination's type.
@@ -265,6 +265,12 @@ def attend_dkv_kernel(
 
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    if HAS_START:  # here and not at the end, where loads beside full accumulators spill
+        o_row = ((i_kv * B + i_b) * Sk + o_n)[:, None]  # [BLOCK_N, 1]
+        o_d, o_dv = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
+        b_dk += tl.load(start_dk_ptr + o_row * D + o_d, mask=(o_n < Sk)[:, None] & (o_d < D), other=0.0)
+        b_dv += tl.load(start_dv_ptr + o_row * DV + o_dv, mask=(o_n < Sk)[:, None] & (o_dv < DV), other=0.0)
+        b_dk *= 1.0 / tl.where(scale == 0.0, 1.0, scale)  # the accumulator is multiplied by scale at the end
     m = (i_b, B, S, Sk, left, right, documents, captured)
     doc_n = tokens(m, 1, o_n, Sk, HAS)[0]  # [BLOCK_N]
     i_row = i_b * stride_rb + i_kv * stride_rh + i_n // BLOCK
@@ -286,13 +292,7 @@ def attend_dkv_kernel(
         False, HAS, PREDICATE, UNIT, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
 
-    b_dk *= scale
-    if HAS_START:
-        o_row = ((i_kv * B + i_b) * Sk + o_n)[:, None]  # [BLOCK_N, 1]
-        o_d, o_dv = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
-        b_dk += tl.load(start_dk_ptr + o_row * D + o_d, mask=(o_n < Sk)[:, None] & (o_d < D), other=0.0)
-        b_dv += tl.load(start_dv_ptr + o_row * DV + o_dv, mask=(o_n < Sk)[:, None] & (o_dv < DV), other=0.0)
-    b_dk = b_dk.to(DK_DTYPE)
+    b_dk = (b_dk * scale).to(DK_DTYPE)
     b_dv = b_dv.to(DV_DTYPE)
     first, last = span_range(table_ptr, n_spans, i_n, tl.minimum(i_n + BLOCK_N, Sk))
     for i_span in range(first, last):
@@ -319,7 +319,7 @@ def attend_backward(
         options: which attention it is.
         heads: where the gradients of sinks and slopes go, those of the local heads.
         start: dk `[hkv, B, Sk, D]` and dv `[hkv, B, Sk, Dv]`, contiguous fp32, of other query heads of these kv heads,
-            to which those of the local ones are added.
+            from which the sums start.
     """
     (S, B, hq, D), (Sk, _, hkv, _), Dv = q.shape, k.shape, v.shape[-1]
     heads = heads or HeadGrads()

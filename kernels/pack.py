@@ -18,7 +18,6 @@ adds `dLSE_i P_ij` to dS_ij, which is the same as taking it from delta (Dao 2023
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import triton
@@ -29,13 +28,13 @@ from . import _config
 from ._rope_norm import half_partner, rms_scale, rope_half, rope_interleaved
 from ._rows import strides, unit
 from ._table import (
-    TABLES,
     Place,
     common_unit,
     elements,
     head_in_table,
     head_of,
     heads,
+    kept,
     place,
     table,
     tile_mask,
@@ -214,7 +213,7 @@ def pack_grad(do: Tensor, o: Tensor | None, dlse: Tensor | None, to: Sequence[OR
     )  # fmt: skip
 
 
-@lru_cache(maxsize=TABLES)
+@kept
 def _pack_units(
     views: tuple[QKVPlace, ...], tokens: tuple[int, int, int], batch: int, dtype: torch.dtype, unit: int,
     device: torch.device,
@@ -243,7 +242,7 @@ def o_places(rows: Sequence[ORows]) -> tuple[OPlace, ...]:
     return tuple((r.q_head, place(r.o), None if r.stat is None else place(r.stat)) for r in rows)
 
 
-@lru_cache(maxsize=TABLES)
+@kept
 def o_units(
     views: tuple[OPlace, ...], dtype: torch.dtype, shape: tuple[int, int], unit: int, device: torch.device
 ) -> tuple[int, Tensor, int]:

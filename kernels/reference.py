@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from . import signals
 from ._reference_attend import attend_backward, attend_forward, math_dtype
 from ._views import ORows, QKVRows, Transform
 
-__all__ = ["attend_backward", "attend_forward", "pack", "pack_grad", "unpack", "unpack_grad"]
+__all__ = [
+    "attend_backward", "attend_forward", "pack", "pack_grad", "poison", "signal", "unpack", "unpack_grad", "wait",
+]  # fmt: skip
 
 _BLOCK_ELEMENTS = 1 << 18  # 1 MB in fp32: smaller blocks pay more per call, larger ones leave the cache
 
@@ -47,6 +50,14 @@ def pack_grad(do: Tensor, o: Tensor | None, dlse: Tensor | None, to: Sequence[OR
             b_do, b_o = (_heads(x[:, block], rows.q_head, stat).to(dtype) for x in (do, o))  # [T, B, h, Dv]
             delta = (b_do * b_o).sum(-1)
             stat.copy_(delta if dlse is None else delta - _heads(dlse[:, block], rows.q_head, stat))
+
+
+def poison(status: Tensor, rows: Tensor, number: int) -> None:
+    """Write `number` to `status[1]` (0: leave it), and 255 to every byte of `rows` if `status[0]` is set."""
+    if number:
+        status[1] = number
+    if status[0]:
+        rows.view(-1).view(torch.uint8).fill_(255)
 
 
 def unpack(rows: Sequence[ORows], out: Tensor, lse: Tensor | None) -> None:
@@ -150,6 +161,23 @@ def _runs(flags: Sequence[bool], first: int, n: int) -> Iterator[tuple[int, int,
         length = len(list(run))
         yield head, length, flag
         head += length
+
+
+def signal(pads: Sequence[Tensor], counts: Tensor, status: Tensor, kind: int, rank: int) -> None:
+    """Raise this rank's count of `kind` and tell all ranks, whose `pads` are tensors here, not addresses."""
+    counts[kind] += 1
+    for peer, its_pad in enumerate(pads):
+        its_pad.view(signals.KINDS, -1)[kind, rank] = -1 if status[0] else counts[kind, peer]
+
+
+def wait(pad: Tensor, counts: Tensor, status: Tensor, kind: int, behind: int) -> None:
+    """What a wait of `signals` says of peers that have not signalled when its time is over."""
+    seen, wanted = pad.view(signals.KINDS, -1)[kind], counts[kind] - behind
+    missing = seen < wanted
+    if missing.any() and not status[0]:
+        gave_up = torch.where(seen < 0, signals.GAVE_UP, signals.SILENT)
+        status[signals.FLAGS :] = torch.where(missing, gave_up, status[signals.FLAGS :])
+        status[0] = wanted[0] * signals.KINDS + kind + 1
 
 
 def _heads(x: Tensor, first: int, view: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ scratch tensor, and `torch.sum` adds the rows up: no atomics, so it is the same 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import triton
@@ -27,7 +26,7 @@ from torch import Tensor
 from . import _config
 from ._rope_norm import half_partner, norm_vjp, rms_scale, rope_half, rope_interleaved
 from ._rows import unit
-from ._table import TABLES, common_unit, elements, head_in_table, head_of, heads, table, tile_mask
+from ._table import common_unit, elements, head_in_table, head_of, heads, kept, table, tile_mask
 from ._views import ORows, QKVRows, Transform
 from .pack import QKVPlace, named_strides, o_places, o_units, qkv_places, rope_arguments, rope_flags
 
@@ -237,7 +236,7 @@ def unpack_grad(
     )
 
 
-@lru_cache(maxsize=TABLES)
+@kept
 def _grad_units(
     views: tuple[QKVPlace, ...], n_heads: tuple[int, int, int], tokens: tuple[int, int, int], batch: int,
     dtype: torch.dtype, unit: int, device: torch.device,

@@ -26,6 +26,12 @@ def on_process(ctx, case):
         return run(case, ctx.rank, group)
 
 
+def on_torch(ctx, case):
+    """The same over the collective exchange; shared memory is the default of these ranks."""
+    with UlyssesGroup(ctx.group, exchange="torch") as group:
+        return run(case, ctx.rank, group)
+
+
 def virtually(case: Case) -> list:
     return run_virtual(case.ranks, lambda group: run(case, group.rank, group), chunks=case.chunks)
 
@@ -36,6 +42,15 @@ def test_processes_equal_one_device(pool, ranks):
     def holds(case):
         case = callable_case(case) if case.attention == "callable" else case
         check(case, pool.run(ranks, on_process, case))
+
+    holds()
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_processes_equal_one_device_over_all_to_alls(pool, ranks):
+    @given(cases(ranks, ("reference", "aten"), max_tokens=40))
+    def holds(case):
+        check(case, pool.run(ranks, on_torch, case))
 
     holds()
 
@@ -103,8 +118,8 @@ def test_forward_is_the_same_bits_for_every_number_of_ranks(pool, attention, dty
     """And so are the gradients, where every kv head is whole on its rank."""
     case = Case((45,), 8, kv_heads, dim=16, batch=2, dtype=dtype, attention=attention)
     one = joined(case, virtually(case))
-    for ranks in (2, 4):
-        for results in (virtually(case.on(ranks)), pool.run(ranks, on_process, case.on(ranks))):
+    for ranks, process in ((2, on_process), (4, on_torch)):
+        for results in (virtually(case.on(ranks)), pool.run(ranks, process, case.on(ranks))):
             many = joined(case.on(ranks), results)
             for name in ("out", "dq", "dk", "dv"):
                 assert torch.equal(one[name], many[name]), f"{name} differs between 1 and {ranks} ranks"
@@ -136,11 +151,16 @@ def test_fused_forward_is_the_same_bits_for_every_number_of_ranks(attention):
 )
 @pytest.mark.parametrize("attention", ["triton", "reference"])
 def test_options_are_the_same_bits_for_every_number_of_ranks(pool, attention, options):
-    """Shards of the window's own length and shorter, on both exchanges."""
+    """Shards of the window's own length and shorter, on all exchanges."""
     case = Case((45,), 4, 4, dtype="bf16", attention=attention, **{"causal": False, "return_lse": True} | options)
     one = joined(case, virtually(case))
-    for many in (case.on(2), case.on(4), replace(case, lens=(1, 40, 0, 4))):
-        for results in (virtually(many), pool.run(many.ranks, on_process, many)):
+    for many, process in (
+        (case.on(2), on_torch),
+        (case.on(4), on_process),
+        (replace(case, lens=(1, 40, 0, 4)), on_process),
+        (replace(case, lens=(0, 45)), on_torch),
+    ):
+        for results in (virtually(many), pool.run(many.ranks, process, many)):
             found = joined(many, results)
             assert all(torch.equal(one[name], found[name]) for name in ("out", "lse", "dq", "dk", "dv"))
 
@@ -213,9 +233,9 @@ def test_shared_kv_heads_change_only_the_order_of_a_sum(attention):
 
 def test_every_exchange_gives_the_same_bits(pool):
     case = Case((9, 14, 0), 6, 2, dim=24, batch=2, dtype="bf16", return_lse=True)
-    collective, one_sided = pool.run(3, on_process, case), virtually(case)
-    for a, b in zip(collective, one_sided, strict=True):
-        assert all(torch.equal(a[name], b[name]) for name in a)
+    collective, shared, one_sided = pool.run(3, on_torch, case), pool.run(3, on_process, case), virtually(case)
+    for a, b, c in zip(collective, shared, one_sided, strict=True):
+        assert all(torch.equal(a[name], b[name]) and torch.equal(a[name], c[name]) for name in a)
 
 
 @pytest.mark.parametrize(
@@ -270,8 +290,8 @@ ODD = {
 def test_head_dims_that_are_no_multiple_of_8(pool, name, dtype):
     """On processes, where rows travel with whatever lies between their heads."""
     case = Case((13,), 4, batch=2, dtype=dtype, **ODD[name])
-    for ranks in (1, 2, 4):
-        check(case.on(ranks), pool.run(ranks, on_process, case.on(ranks)))
+    for ranks, process in ((1, on_process), (2, on_process), (2, on_torch), (4, on_process)):
+        check(case.on(ranks), pool.run(ranks, process, case.on(ranks)))
 
 
 def test_no_process_group_is_plain_attention():
@@ -312,42 +332,43 @@ def test_fused_gradient_is_one_tensor_in_the_layout_of_the_projection():
     assert grad.is_contiguous() and grad.shape == qkv.shape and torch.isfinite(grad).all()
 
 
-def count_exchanges(ctx, case):
-    """All-to-alls on the data group and messages apart from it, for one layer forward and backward."""
+def count_exchanges(ctx, exchange, case):
+    """Exchanges of rows (all-to-alls on the data group, arrivals in memory) and messages apart from them, for a layer.
+
+    Forward and backward.
+    """
     seen = {"data": 0, "control": 0}
-    original = dist.all_to_all_single
 
-    def counting(*args, group, **kwargs):
-        assert group is ctx.group
-        seen["data"] += 1
-        return original(*args, group=group, **kwargs)
+    def counting(what, original):
+        def counted(*args, **kwargs):
+            seen[what] += 1
+            return original(*args, **kwargs)
 
-    with UlyssesGroup(ctx.group, chunks=case.chunks) as group:
+        return counted
+
+    with UlyssesGroup(ctx.group, exchange=exchange, chunks=case.chunks) as group:
         run(case, ctx.rank, group)  # whatever a first call sets up
-        gather = group.control.gather
-
-        def gathering(payload):
-            seen["control"] += 1
-            return gather(payload)
-
-        dist.all_to_all_single, group.control.gather = counting, gathering
+        group.control.begin_gather = counting("control", group.control.begin_gather)
+        carrier, name = (dist, "all_to_all_single") if exchange == "torch" else (group.exchange.transport, "arrive")
+        original = getattr(carrier, name)
+        setattr(carrier, name, counting("data", original))
         try:
             run(case, ctx.rank, group)
         finally:
-            dist.all_to_all_single = original
-        return seen, dict(group.counts), group.exchange.name
+            setattr(carrier, name, original)
+        return seen, dict(group.counts)
 
 
 @pytest.mark.parametrize(
-    ("changes", "exchanges"),
-    [({}, 4), ({"recompute": "exchange"}, 5), ({"kv_lens": (3, 9)}, 6)],
+    ("changes", "collectives", "exchanges"),
+    [({}, 4, 4), ({"recompute": "exchange"}, 5, 5), ({"kv_lens": (3, 9)}, 6, 4)],
     ids=["plain", "recompute", "cross-attention: q beside k and v"],
 )
-def test_one_exchange_in_and_one_out_per_direction(pool, changes, exchanges):
+@pytest.mark.parametrize("exchange", ["shm", "torch"])
+def test_one_exchange_in_and_one_out_per_direction(pool, exchange, changes, collectives, exchanges):
     case = replace(Case((8, 8), 4, 2), **changes)
-    for seen, counts, name in pool.run(2, count_exchanges, case):
-        assert name == "torch"
-        assert seen == {"data": exchanges, "control": 2}
+    for seen, counts in pool.run(2, count_exchanges, exchange, case):
+        assert seen == {"data": collectives if exchange == "torch" else exchanges, "control": 2}
         steps = ["exchange_in", "exchange_out", "exchange_grad_in", "exchange_grad_out"]
         expected = {step: 2 for step in steps} | {"control": 4}
         if "recompute" in changes:
@@ -364,8 +385,9 @@ def counted(group, case):
 def test_every_chunk_has_its_exchanges(pool, chunks):
     """4 C of them, or one-sided 3 C + 1: attention writes the output of all chunks straight to where it belongs."""
     case = Case((8, 8), 8, 2, chunks=chunks)
-    for seen, counts, _ in pool.run(2, count_exchanges, case):
-        assert seen == {"data": 4 * chunks, "control": 2} and sum(counts.values()) == 2 * 4 * chunks + 4
+    for exchange, n in ("torch", 4 * chunks), ("shm", 3 * chunks + 1):
+        for seen, counts in pool.run(2, count_exchanges, exchange, case):
+            assert seen == {"data": n, "control": 2} and sum(counts.values()) == 2 * n + 4
     for counts, text in run_virtual(2, lambda group: counted(group, case), chunks=chunks):
         once = {"exchange_out": 1}
         assert counts == dict.fromkeys(("exchange_in", "exchange_grad_in", "exchange_grad_out"), chunks) | once
@@ -435,7 +457,7 @@ def timed_with_slow_hops(ctx, chunks):
     attend_forward = local.reference.attend_forward
     local.reference.attend_forward = attend
     try:
-        with UlyssesGroup(ctx.group, chunks=chunks) as group:
+        with UlyssesGroup(ctx.group, exchange="torch", chunks=chunks) as group:
             q = whole_inputs(Case((8, 8), 8, 8))["q"].chunk(2, dim=1)[ctx.rank]
             group.exchange = Slow(group.exchange, lambda: TRAVEL)
             ulysses_attention(q, q, q, group, attention="reference")
@@ -471,16 +493,18 @@ def test_delays_change_nothing(recompute):
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_low_precision_bits_survive_the_exchange(pool, ranks):
+@pytest.mark.parametrize("exchange", ["shm", "torch"])
+def test_low_precision_bits_survive_the_exchange(pool, exchange, ranks):
     """Rows are moved, never computed with: all 65,536 patterns of 16 bits come back as they were."""
-    assert all(pool.run(ranks, bits_come_back))
+    assert all(pool.run(ranks, bits_come_back, exchange))
 
 
-def bits_come_back(ctx):
+def bits_come_back(ctx, exchange):
     bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(1, -1, ctx.size, 16)
     mine = bits.chunk(ctx.size, dim=1)[ctx.rank]
     v = mine.view(torch.bfloat16)
-    out = ulysses_attention(torch.zeros_like(v), torch.zeros_like(v), v, ctx.group, attention=identity_on_v)
+    with UlyssesGroup(ctx.group, exchange=exchange) as group:
+        out = ulysses_attention(torch.zeros_like(v), torch.zeros_like(v), v, group, attention=identity_on_v)
     return torch.equal(out.view(torch.int16), mine)
 
 

@@ -21,14 +21,14 @@ from ulysses_triton.kernels import _config, attend_forward, pack
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the benches are in no package that is installed
 
-from bench import _attend, _check, _layer, _measure, _move, gpu  # noqa: E402
+from bench import _attend, _check, _exchange, _layer, _measure, _move, gpu  # noqa: E402
 from bench._data import Attention, Kernels, Movement  # noqa: E402
 from bench._record import commit, targets  # noqa: E402
 from bench._session import Session  # noqa: E402
 
 sys.path.remove(str(ROOT))  # where `kernels` would pass for another project's package
 
-PARTS = ("check", "move", "attend", "layer")
+PARTS = ("check", "move", "attend", "layer", "exchange")
 DRY_RUN = """
 import sys
 
@@ -106,6 +106,23 @@ def test_dry_run_times_every_kernel(dry_run) -> None:
         assert all(time > 0 for time in case["phases_ms"].values())
 
 
+def test_dry_run_exchanges_between_processes(dry_run) -> None:
+    layer, overlap = dry_run[1]["exchange"]["cases"]
+    assert layer["case"] == "torch on 2 ranks" and set(layer["errors"]) == {"out", "dq", "dk", "dv"}
+    assert overlap["overlap"]["bytes"] > 0 and all(f"C = {n}" in overlap["overlap"] for n in _exchange.CHUNKS)
+
+
+def test_an_exchange_that_fails_is_a_record() -> None:
+    """And the parts after it go on."""
+    session = Session(torch.device("cpu"), dry=True)
+    work = _exchange.Work("telepathy", 2)
+    record = session.judge(
+        "exchange", str(work), lambda: _exchange._check(session, work, _exchange.layer(work, dry=True))
+    )
+    assert not record["ok"]
+    assert "rank 0: exit status 1" in record["failure"] and "OptionError: exchange = 'telepathy'" in record["failure"]
+
+
 def test_dry_run_ends_with_the_targets(dry_run) -> None:
     lines = dry_run[0].partition("== targets\n")[2].splitlines()
     assert len(lines) == 7 and lines[1].startswith("pack and unpack >= 0.9 x copy")
@@ -116,7 +133,7 @@ def test_cases_have_names_of_their_own() -> None:
     for dry in (True, False):
         everything: list[Sequence[object]] = [
             [*_check.checks(dry=dry), *_layer.checks(dry=dry)], _attend.cases(dry=dry), _layer.cases(dry=dry),
-            _move.DRY if dry else _move.TIMED,
+            _move.DRY if dry else _move.TIMED, _exchange.works(dry=dry),
         ]  # fmt: skip
         for cases in everything:
             assert len(set(map(str, cases))) == len(cases)

@@ -25,10 +25,10 @@ def copied_bytes(profile) -> int:
     return sum(4 * n for n in copies if n > CONTROL)
 
 
-def copies_of_a_layer(ctx, attention):
+def copies_of_a_layer(ctx, exchange, attention):
     q, k, v = (torch.randn(BATCH, TOKENS // 2, HEADS, DIM, requires_grad=True) for _ in range(3))
     dout = torch.randn(BATCH, TOKENS // 2, HEADS, DIM)
-    with UlyssesGroup(ctx.group) as group:
+    with UlyssesGroup(ctx.group, exchange=exchange) as group:
         with torch.autograd.profiler.profile(record_shapes=True) as forward:
             out = ulysses_attention(q, k, v, group, attention=attention)
         with torch.autograd.profiler.profile(record_shapes=True) as backward:
@@ -37,18 +37,24 @@ def copies_of_a_layer(ctx, attention):
 
 
 @pytest.mark.parametrize("attention", ["aten", "reference"])
-def test_a_layer_copies_each_byte_once(pool, attention):
+@pytest.mark.parametrize("exchange", ["shm", "torch"])
+def test_a_layer_copies_each_byte_once(pool, exchange, attention):
     """Pack q, k, v; place O; unpack it. Back: pack dO; place dq, dk, dv; unpack them.
 
+    Over shared memory O is placed where it belongs, and is not unpacked.
+
     aten allocates its LSE, which costs a copy of it; in backward it insists on a dO of its own order, which for B > 1
-    or under GQA costs a copy of that. The reference brings what it computes with to temporaries: q, k and v, and in
-    backward q, k, v, dO, LSE and delta; and delta is a copy into its place.
+    or under GQA costs a copy of that, and it needs the O that is kept beside the one that is sent. The reference brings
+    what it computes with to temporaries: q, k and v, and in backward q, k, v, dO, LSE and delta; and delta is a copy
+    into its place.
     """
-    for forward, backward in pool.run(2, copies_of_a_layer, attention):
+    unpack = PART if exchange == "torch" else 0
+    keep = PART if exchange == "shm" else 0  # O as sent lies at the peers, so what backward needs of it is another one
+    for forward, backward in pool.run(2, copies_of_a_layer, exchange, attention):
         if attention == "aten":
-            assert (forward, backward) == (3 * PART + PART + LSE + PART, PART + 3 * PART + 3 * PART)
+            assert (forward, backward) == (3 * PART + PART + keep + LSE + unpack, PART + 3 * PART + 3 * PART)
         else:
-            assert forward == 3 * PART + PART + LSE + PART + 3 * PART
+            assert forward == 3 * PART + PART + LSE + unpack + 3 * PART
             assert backward == PART + LSE + 3 * PART + 3 * PART + 4 * PART + 2 * LSE
 
 
@@ -80,7 +86,7 @@ def options_of_a_rank(name, rank):
 VIEWS = ("aten::as_strided", "aten::slice", "aten::squeeze", "aten::view")  # move nothing
 
 
-def passes_of_a_layer(ctx, name):
+def passes_of_a_layer(ctx, exchange, name):
     """Kernels launched, and how often each operation of PyTorch took in as much as half of a rank's q."""
     launched = []
     launch = _config.launch
@@ -94,7 +100,10 @@ def passes_of_a_layer(ctx, name):
     given = [x for x in options.values() if isinstance(x, torch.Tensor) and x.requires_grad]
     _config.launch = counting
     try:
-        with UlyssesGroup(ctx.group) as group, torch.autograd.profiler.profile(record_shapes=True) as profile:
+        with (
+            UlyssesGroup(ctx.group, exchange=exchange) as group,
+            torch.autograd.profiler.profile(record_shapes=True) as profile,
+        ):
             out = ulysses_attention(q, k, v, group, attention="triton", **options)
             out, *lse = out if isinstance(out, tuple) else (out,)
             torch.autograd.grad([out, *lse], (q, k, v, *given), [torch.ones_like(x) for x in (out, *lse)])
@@ -104,10 +113,16 @@ def passes_of_a_layer(ctx, name):
     return launched, Counter(large)
 
 
-def test_no_option_adds_a_pass_over_rows(pool):
-    """Seven kernels in a layer, forward and backward, whatever the options; what they add works on one number a row."""
-    plain = pool.run(2, passes_of_a_layer, "none")
+@pytest.mark.parametrize("exchange", ["shm", "torch"])
+def test_no_option_adds_a_pass_over_rows(pool, exchange):
+    """Seven kernels in a layer, forward and backward, whatever the options; what they add works on one number a row.
+
+    Over shared memory six: attend writes the result where it belongs.
+    """
+    plain = pool.run(2, passes_of_a_layer, exchange, "none")
     kernels = ["pack", "attend_forward", "unpack", "pack_grad", "attend_dq", "attend_dkv", "unpack_grad"]
+    if exchange == "shm":
+        kernels.remove("unpack")
     for launched, _ in plain:
         assert [name.removesuffix("_kernel") for name in launched] == kernels
     names = [
@@ -123,6 +138,8 @@ def test_no_option_adds_a_pass_over_rows(pool):
         "all",
     ]
     for name in names:
-        for (launched, large), (_, large_of_plain) in zip(pool.run(2, passes_of_a_layer, name), plain, strict=True):
+        for (launched, large), (_, large_of_plain) in zip(
+            pool.run(2, passes_of_a_layer, exchange, name), plain, strict=True
+        ):
             assert [n.removesuffix("_kernel") for n in launched] == kernels, name
             assert not {n: c for n, c in (large - large_of_plain).items() if n not in VIEWS}, name

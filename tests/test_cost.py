@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ulysses_triton import cost, schedule
-from ulysses_triton.cost import MACHINES, Machine, best_chunks, exposed, pairs, timeline
+from ulysses_triton.cost import MACHINES, Machine, best_chunks, exposed, machine_of, pairs, timeline
 from ulysses_triton.spec import Problem
 
 # One of everything a second, but nothing for latency and launches.
@@ -200,6 +200,22 @@ def test_more_than_one_chunk_only_where_it_pays():
     assert best_chunks(problem(), h100) == 1
     alone = replace(LONG, lens=(65536,), kv_lens=(65536,))
     assert best_chunks(alone, h100) == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "machine"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA B200", "b200"),
+        ("AMD Instinct MI300X", "mi300x"),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_machines_are_found_by_the_name_of_their_gpu(device, machine):
+    assert machine_of(device, True) == MACHINES.get(machine)
+    assert machine_of(device, False) == MACHINES.get(f"{machine}-network")
 
 
 def test_chunks_hide_exchanges():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fake_nccl
+import fake_symm
 import pytest
 import torch
 import torch.distributed as dist
@@ -52,20 +54,66 @@ def several_hops(group, dtype):
     return wrong
 
 
-def several_hops_on_a_process(ctx, dtype):
-    with UlyssesGroup(ctx.group) as group:
-        assert group.exchange.name == "torch"
-        return several_hops(group, dtype)
+def on_a_process(ctx, name, work, *arguments):
+    with UlyssesGroup(ctx.group, exchange=name) as group:
+        assert group.exchange.name == name
+        return work(group, *arguments)
 
 
-def on_exchange(name, pool, work, on_process, *arguments):
-    return run_virtual(3, lambda g: work(g, *arguments)) if name == "virtual" else pool.run(3, on_process, *arguments)
+def on_exchange(name, pool, work, *arguments):
+    """What `work(group, *arguments)` returns on three ranks of an exchange."""
+    if name == "nccl":
+        return fake_nccl.run(3, lambda g: work(g, *arguments))
+    if name == "symm":
+        return fake_symm.run(3, work, *arguments)
+    if name == "virtual":
+        return run_virtual(3, lambda g: work(g, *arguments))
+    return pool.run(3, on_a_process, name, work, *arguments)
+
+
+# nccl and symm: their own code over fakes of NCCL, CUDA's streams and symmetric memory
+every_exchange = pytest.mark.parametrize("name", ["torch", "shm", "nccl", "symm", "virtual"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("name", ["torch", "virtual"])
+@every_exchange
 def test_blocks_arrive_bit_for_bit(pool, name, dtype):
-    assert on_exchange(name, pool, several_hops, several_hops_on_a_process, dtype) == [[]] * 3
+    assert on_exchange(name, pool, several_hops, dtype) == [[]] * 3
+
+
+def overlapping_hops(group):
+    """Hops that are open, started and finished across each other; returns whether all arrived."""
+    m = message(group.rank, UNEVEN)
+
+    def opened(number):
+        receive = group.pool.take((sum(m.receive),), torch.float32, torch.device("cpu"))
+        hop = group.exchange.open([m], [receive], [None])
+        return hop, receive, number
+
+    def write(hop, _, number):
+        for target, (block, n) in enumerate(zip(hop.blocks[0], m.send, strict=True)):
+            block.copy_(filled(group.rank, target, n, torch.float32, number))
+        hop.start()
+
+    def arrived(hop, receive, number):
+        hop.finish()
+        parts = [filled(source, group.rank, n, torch.float32, number) for source, n in enumerate(m.receive)]
+        return torch.equal(receive.view(torch.int32), torch.cat(parts).view(torch.int32))
+
+    a, b = opened(0), opened(1)
+    write(*a)
+    write(*b)
+    first = arrived(*a), arrived(*b)
+    a, b = opened(2), opened(3)  # b starts and ends while a is only open
+    write(*b)
+    second = arrived(*b)
+    write(*a)
+    return [*first, second, arrived(*a)]
+
+
+@every_exchange
+def test_hops_may_overlap(pool, name):
+    assert on_exchange(name, pool, overlapping_hops) == [[True] * 4] * 3
 
 
 def own_send_buffer(group):
@@ -73,7 +121,7 @@ def own_send_buffer(group):
     m = message(group.rank, UNEVEN)
     mine = torch.cat([filled(group.rank, target, n, torch.float32, 0) for target, n in enumerate(m.send)])
     before = mine.clone()
-    receive = torch.empty(sum(m.receive))
+    receive = group.pool.take((sum(m.receive),), torch.float32, torch.device("cpu"))
     hop = group.exchange.open([m], [receive], [mine])
     if group.exchange.one_sided:
         for block, part in zip(hop.blocks[0], torch.split(mine, list(m.send)), strict=True):
@@ -85,14 +133,9 @@ def own_send_buffer(group):
     return same and torch.equal(receive.view(torch.int32), expected.view(torch.int32))
 
 
-def own_send_buffer_on_a_process(ctx):
-    with UlyssesGroup(ctx.group) as group:
-        return own_send_buffer(group)
-
-
-@pytest.mark.parametrize("name", ["torch", "virtual"])
+@every_exchange
 def test_an_own_send_buffer_travels(pool, name):
-    assert all(on_exchange(name, pool, own_send_buffer, own_send_buffer_on_a_process))
+    assert all(on_exchange(name, pool, own_send_buffer))
 
 
 def gathers(group):
@@ -101,24 +144,39 @@ def gathers(group):
         found = group.control.gather(bytes([group.rank, number]))
         if found != [bytes([rank, number]) for rank in range(group.size)]:
             return found
+    first, second = (group.control.begin_gather(bytes([group.rank, number])) for number in (7, 8))
+    between = group.control.gather(bytes([group.rank]))
+    if between != [bytes([rank]) for rank in range(group.size)]:
+        return between
+    for take, number in ((first, 7), (second, 8)):
+        if take() != [bytes([rank, number]) for rank in range(group.size)]:
+            return number
     group.control.tell(f"word of {group.rank}")
     return group.control.hear(5.0) == {rank: f"word of {rank}" for rank in range(group.size)}
 
 
-def gathers_on_a_process(ctx):
-    with UlyssesGroup(ctx.group) as group:
-        return gathers(group)
-
-
-@pytest.mark.parametrize("name", ["torch", "virtual"])
+@every_exchange
 def test_control_messages(pool, name):
-    assert on_exchange(name, pool, gathers, gathers_on_a_process) == [True] * 3
+    assert on_exchange(name, pool, gathers) == [True] * 3
+
+
+def gathers_at_length(group):
+    """Payloads that no connection has room for, from all ranks at once."""
+    payloads = [bytes([rank + 1]) * 3_000_000 for rank in range(group.size)]
+    return group.control.gather(payloads[group.rank]) == payloads
+
+
+@every_exchange
+def test_long_control_messages(pool, name):
+    assert on_exchange(name, pool, gathers_at_length) == [True] * 3
 
 
 def groups_again_and_again(ctx):
     """Groups over the same ranks, one after the other and two at once: none meets another's messages."""
-    for _ in range(10):
-        with UlyssesGroup(ctx.group) as first, UlyssesGroup(ctx.group) as second:
+    for number in range(10):
+        both = [("torch", "torch"), ("shm", "shm"), ("torch", "shm")][number % 3]
+        first, second = (UlyssesGroup(ctx.group, exchange=name) for name in both)
+        with first, second:
             assert first.name != second.name
             assert several_hops(first, torch.float32) == several_hops(second, torch.float32) == []
             assert second.control.gather(b"b") == [b"b"] * 3 and first.control.gather(b"a") == [b"a"] * 3

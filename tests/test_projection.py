@@ -159,8 +159,8 @@ def virtually(case: Case) -> list[dict[str, Tensor]]:
     return run_virtual(case.ranks, lambda group: on_a_rank(case, group.rank, group), chunks=case.chunks)
 
 
-def on_a_process(ctx: Any, case: Case) -> dict[str, Tensor]:
-    with UlyssesGroup(ctx.group, chunks=case.chunks) as group:
+def on_a_process(ctx: Any, case: Case, exchange: str = "torch") -> dict[str, Tensor]:
+    with UlyssesGroup(ctx.group, exchange=exchange, chunks=case.chunks) as group:
         return on_a_rank(case, ctx.rank, group)
 
 
@@ -202,11 +202,12 @@ def test_three_virtual_ranks_equal_one_device(case, chunks):
     check(case, virtually(case))
 
 
+@pytest.mark.parametrize("exchange", ["torch", "shm"])
 @pytest.mark.parametrize("chunks", [1, 2, 3])
 @ON_EVERY
-def test_processes_equal_one_device(pool, case, chunks):
+def test_processes_equal_one_device(pool, case, chunks, exchange):
     case = replace(case, chunks=chunks)
-    check(case, pool.run(2, on_a_process, case))
+    check(case, pool.run(2, on_a_process, case, exchange))
 
 
 @pytest.mark.parametrize("chunks", [1, 2])
@@ -362,7 +363,7 @@ def slowly(group: UlyssesGroup, rank: int) -> None:
 
 
 def traced_on_a_process(ctx: Any, chunks: int) -> Timeline:
-    with slow_products(), UlyssesGroup(ctx.group, chunks=chunks) as group, trace() as t:
+    with slow_products(), UlyssesGroup(ctx.group, exchange="torch", chunks=chunks) as group, trace() as t:
         slowly(group, ctx.rank)
     return t
 

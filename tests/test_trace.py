@@ -28,9 +28,11 @@ def on_virtual_ranks(case: Case, chunks: int | str = "auto") -> Timeline:
     return t
 
 
-def on_a_process(ctx: Any, case: Case, chunks: int | str = "auto") -> tuple[tuple[Event, ...], tuple[Event, ...]]:
+def on_a_process(
+    ctx: Any, case: Case, chunks: int | str = "auto", exchange: str = "torch"
+) -> tuple[tuple[Event, ...], tuple[Event, ...]]:
     """What this rank recorded, and what all did."""
-    with UlyssesGroup(ctx.group, chunks=chunks) as group:
+    with UlyssesGroup(ctx.group, exchange=exchange, chunks=chunks) as group:
         with trace() as t:
             run(case, ctx.rank, group)
         return t.events, t.gather(group).events
@@ -101,7 +103,7 @@ def projected(case: Case, group: Any) -> None:
 
 
 def projected_on_a_process(ctx: Any, case: Case, chunks: int) -> tuple[Event, ...]:
-    with UlyssesGroup(ctx.group, chunks=chunks) as group:
+    with UlyssesGroup(ctx.group, exchange="torch", chunks=chunks) as group:
         with trace() as t:
             projected(case, group)
         return t.gather(group).events
@@ -211,9 +213,11 @@ def test_bytes_are_those_of_the_design_on_virtual_ranks(case):
     check_bytes(on_virtual_ranks(case).events, case, one_sided=True)
 
 
+@pytest.mark.parametrize("exchange", ["shm", "torch"])
 @pytest.mark.parametrize("case", WIRE.values(), ids=list(WIRE))
-def test_bytes_are_those_of_the_design_on_processes(pool, case):
-    check_bytes(pool.run(case.ranks, on_a_process, case)[0][1], case, one_sided=False)
+def test_bytes_are_those_of_the_design_on_processes(pool, case, exchange):
+    found = pool.run(case.ranks, on_a_process, case, "auto", exchange)
+    check_bytes(found[0][1], case, one_sided=exchange == "shm")
 
 
 def test_the_volume_of_the_design():

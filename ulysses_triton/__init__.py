@@ -2,7 +2,16 @@
 
 from . import masks
 from .api import ulysses_attention, ulysses_qkv_attention
-from .errors import DeviceError, DtypeError, ExchangeError, GroupError, OptionError, ShapeError, UlyssesError
+from .errors import (
+    DeviceError,
+    DtypeError,
+    ExchangeError,
+    GroupError,
+    OptionError,
+    OutOfMemoryError,
+    ShapeError,
+    UlyssesError,
+)
 from .group import UlyssesGroup, run_virtual
 from .shard import count_tokens, gather_sequence, shard_lens, shard_sequence, token_mean
 from .tracing import trace
@@ -15,6 +24,7 @@ __all__ = [
     "ExchangeError",
     "GroupError",
     "OptionError",
+    "OutOfMemoryError",
     "ShapeError",
     "UlyssesError",
     "UlyssesGroup",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import halves, masks, op
+from . import cost, halves, masks, op
 from .call import Call, describe
 from .errors import DeviceError, DtypeError, OptionError, ShapeError, UlyssesError
 from .group import Groupish, UlyssesGroup, resolve
@@ -310,6 +311,7 @@ def _attend(
         rope_dim=rope_dim,
         norm_eps=norm_eps,
         attention=attention if isinstance(attention, str) else "callable",
+        chunks=1 if group.chunks == "auto" else int(group.chunks),
         recompute=recompute is not None,
         return_lse=return_lse,
         grad=grad,
@@ -317,6 +319,8 @@ def _attend(
     )
     if not isinstance(attention, str):
         return _around(group, attention, call, packing)
+    if group.chunks == "auto" and qkv[0].is_cuda and not torch.compiler.is_compiling():
+        call = call._replace(chunks=_best_chunks(group, call))
     out, lse, _ = op.attention(*call)
     return (out, lse) if return_lse else out
 
@@ -353,6 +357,20 @@ def _two_ints(window: object) -> bool:
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         return False
     return all(map(_is_int, window))
+
+
+def _best_chunks(group: UlyssesGroup, call: Call) -> int:
+    """As many chunks as the cost model finds fastest; one where it knows neither the GPU nor what the call asks."""
+    assert call.q is not None
+    one_host = group.size <= int(os.environ.get("LOCAL_WORLD_SIZE", group.size))
+    machine = cost.machine_of(torch.cuda.get_device_name(call.q.device), one_host)
+    if machine is None:
+        return 1
+    try:
+        problem, _ = describe(group, call)
+    except UlyssesError:
+        return 1  # the op says what is wrong, on all ranks
+    return cost.best_chunks(problem, machine, one_sided=group.exchange.one_sided)
 
 
 def _around(group: UlyssesGroup, attention: Callable[..., Tensor], call: Call, packing: tuple[Any, Any, Any]) -> Tensor:

@@ -64,6 +64,7 @@ class Call(NamedTuple):
     rope_dim: int
     norm_eps: float
     attention: str
+    chunks: int
     recompute: bool
     return_lse: bool
     grad: bool
@@ -172,7 +173,7 @@ def describe(group: UlyssesGroup, call: Call) -> tuple[Problem, Inputs]:
     if call.attention == "callable":
         chosen = "callable"
     problem = replace(problem, attention=chosen, tuning=fingerprint(problem.device) if chosen == "triton" else "")
-    problem = replace(problem, chunks=chunk_count(problem, group.chunks))
+    problem = replace(problem, chunks=chunk_count(problem, call.chunks))
     tables = call.q_documents, call.k_documents
     return problem, Inputs(
         q,
@@ -203,7 +204,7 @@ def agreed(what: str, call: Call) -> tuple[UlyssesGroup, Problem, Inputs]:
         raise
     given = "" if call.dropout_seed is None else f"; dropout_seed={call.dropout_seed}"
     drawn = call.dropout_seed if call.seed is None else int(call.seed)
-    seed = group.agree(what, problem.signature + given, drawn or 0)
+    seed = group.agree(what, problem.signature + given, drawn if problem.dropout_p else None, device=problem.device)
     if problem.dropout_p:
         inputs = inputs._replace(dropout=Dropout(problem.dropout_p, seed))
     return group, problem, inputs

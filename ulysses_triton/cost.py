@@ -62,6 +62,16 @@ MACHINES = {
 }
 
 
+def machine_of(device: str, one_host: bool) -> Machine | None:
+    """The machine with this GPU, as its driver calls it ("NVIDIA H100 80GB HBM3"); None for one of no known figures.
+
+    `one_host`: all ranks are on one host, with its links between them, and not a network.
+    """
+    words = device.lower().replace("-", " ").split()
+    found = next((gpu for gpu in _GPUS if gpu in words), None)
+    return None if found is None else MACHINES[found if one_host else f"{found}-network"]
+
+
 def cpu(cores: float = 1.0) -> Machine:
     """A rank on so many cores of a CPU like the one this was written on (AMD EPYC, AVX-512), by gloo.
 

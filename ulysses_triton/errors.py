@@ -30,5 +30,9 @@ class GroupError(UlyssesError, RuntimeError):
     """A group that is closed, broken, unknown or not what the call needs."""
 
 
+class OutOfMemoryError(UlyssesError, MemoryError):
+    """A buffer that there is no memory for."""
+
+
 class ExchangeError(UlyssesError, RuntimeError):
     """A peer that died, stopped or went another way, found at the deadline or earlier."""

@@ -11,6 +11,7 @@ import atexit
 import hashlib
 import itertools
 import struct
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,9 +25,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from . import errors, spec
 from .errors import ExchangeError, GroupError, OptionError, ShapeError, UlyssesError
-from .exchange.base import Control, Exchange
+from .exchange import nccl_library, symm
+from .exchange.base import Control, Exchange, Watched
+from .exchange.nccl import NcclExchange
 from .exchange.one_sided import OneSidedExchange
 from .exchange.pool import Pool
+from .exchange.store import meeting_point, share
 from .exchange.torch_dist import GlooControl, TorchExchange
 from .exchange.virtual import VirtualMember, VirtualWorld
 from .local import Local
@@ -34,9 +38,11 @@ from .memo import Memo
 from .placement import Placement
 
 if TYPE_CHECKING:
+    from .exchange.shm import Shm
     from .tracing import Trace
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
+EXCHANGES = ("auto", "shm", "nccl", "symm", "torch")
 _RECORD = struct.Struct("<q?q8s")  # call number, refused, seed, hash of the signature
 _TEXT_BYTES = 4096  # of a signature or a refusal, where ranks differ
 _WORDS_SECONDS = 1.0  # how long a failing rank waits for its peers' last words
@@ -52,14 +58,21 @@ class UlyssesGroup:
         group: a `ProcessGroup`, a 1-D `DeviceMesh`, or None for the default group (one rank when `torch.distributed`
             is not initialised). None is wrong for jobs that also have data-parallel ranks: every rank of the default
             group would hold a part of one sequence.
-        exchange: who carries the rows: "torch" (`all_to_all_single` on the group) or "auto".
+        exchange: who carries the rows: "shm" (every rank writes into the others' memory; CPU tensors, ranks that are
+            processes of one Linux host), "nccl" (a communicator of its own, through cupy; rows on the CPU still go over
+            the group), "symm" (as "shm", between GPUs of one NVLink domain, over PyTorch's symmetric memory; not yet
+            run on a GPU), "torch" (`all_to_all_single` on the group), or "auto": "shm" for a gloo group whose ranks
+            find that they can, "nccl" for CUDA where they have it, otherwise "torch". The same on every rank.
         chunks: in how many parts a rank's heads go, so that the exchange of one hides behind the attention of another:
-            a number, which calls with fewer query heads per rank lower to that, or "auto".
+            a number, which calls with fewer query heads per rank lower to that, or "auto": on a GPU what the cost
+            model predicts to be fastest, and 1 on CPUs, where overlap takes from attention what it hides, and in
+            compiled graphs.
         check: what ranks compare before every call: "hash" of the call's signature, or "always" all of it.
         timeout: how long a rank waits for its peers.
 
-    Raises GroupError for a group this rank is not in, OptionError for an unknown option. Making one is collective:
-    every rank of `group` does. A context manager; `close` gives everything back.
+    Raises GroupError for a group this rank is not in or that the exchange cannot carry, OptionError for an unknown
+    option, ExchangeError for ranks that do not come. Making one is collective: every rank of `group` does. A context
+    manager; `close` gives everything back.
     """
 
     recorder: ClassVar[Trace | None] = None  # of all groups of this process, inside `trace()`
@@ -73,8 +86,8 @@ class UlyssesGroup:
         check: str = "hash",
         timeout: timedelta = DEFAULT_TIMEOUT,
     ) -> None:
-        if exchange not in ("auto", "torch"):
-            raise OptionError(f'exchange = {exchange!r}; it must be "auto" or "torch"')
+        if exchange not in EXCHANGES:
+            raise OptionError(f"exchange = {exchange!r}; it must be one of {', '.join(map(repr, EXCHANGES))}")
         if chunks != "auto" and not (type(chunks) is int and chunks >= 1):
             raise OptionError(f'chunks = {chunks!r}; it must be a number of at least 1, or "auto"')
         if check not in ("hash", "always"):
@@ -82,25 +95,31 @@ class UlyssesGroup:
         self.timeout = timeout
         self.chunks = chunks
         self.counts: Counter[str] = Counter()  # "control" messages, and the "data" exchanges of each kind of step
-        self.pool = Pool()
         self.memo = Memo()  # what was made once per batch of tokens: documents, lists of blocks
         self.process_group = None if isinstance(group, VirtualMember) else process_group(group)
         self.devices = frozenset({"cpu", "cuda"})
         if self.process_group is not None and self.process_group.size() > 1:
-            self.devices = _devices(self.process_group)
-            carriers = _carriers(exchange, self.process_group, self.pool, timeout)
+            carriers = _carriers(exchange, self.process_group, timeout)
+            own = {"shm": frozenset({"cpu"}), "symm": frozenset({"cuda"})}
+            self.devices = own.get(carriers[1].name) or _devices(self.process_group)
         else:
             member = group if isinstance(group, VirtualMember) else VirtualWorld(1).member(0)
             why = "one rank: nothing to exchange" if member.size == 1 else "ranks are threads of this process"
-            carriers = member, OneSidedExchange("virtual", member), why
+            carriers = member, OneSidedExchange("virtual", member), Pool(), why
         self.control: Control = carriers[0]
         self.exchange: Exchange = carriers[1]
-        self._why = carriers[2]
+        self.pool = carriers[2]
+        self._why = carriers[3]
+        if isinstance(self.exchange, Watched):
+            self.exchange.where = lambda: self._doing
+            self.devices |= {"cuda"}
         self.rank, self.size = self.control.rank, self.control.size
         self.implicit = False  # made by `resolve`, not by the user
         self.default = group is None
         self._check_all = check == "always"
         self._calls = 0
+        self._agreed: set[bytes] = set()  # calls that all ranks made, and that need not wait for it the next time
+        self._later: tuple[str, Callable[[], list[bytes]]] | None = None  # a call whose comparison is still to come
         self.latest = 0, ""  # the latest call: its number, and what it is
         self._doing = "between calls"
         self._broken: str | None = None
@@ -111,7 +130,9 @@ class UlyssesGroup:
     def __enter__(self) -> UlyssesGroup:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None and self._broken is None and not self._closed:
+            self._end(f"{self._doing}: {type(error).__name__}: {error}")
         self.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> UlyssesGroup:
@@ -121,18 +142,33 @@ class UlyssesGroup:
         raise GroupError("a UlyssesGroup cannot be pickled: it holds connections; make one in the process that uses it")
 
     def close(self) -> None:
-        """Give everything back. Idempotent; every rank does it."""
+        """Give everything back. Idempotent; every rank does it.
+
+        Raises what the last calls have left to raise: ExchangeError or ShapeError where an exchange is not awaited.
+        """
         if self._closed:
             return
-        self._closed = True
-        _GROUPS.pop(self.name, None)
-        self.exchange.close()
-        self.control.close()
-        self.pool.close()
-        self.memo.clear()
+        try:
+            if self._broken is None:
+                self._settle()
+        finally:
+            self._closed = True
+            _GROUPS.pop(self.name, None)
+            self.exchange.close()
+            failure = None if self._broken else self._failure()
+            error = None if failure is None else self._fail(RuntimeError(failure))
+            self.control.close()
+            self.pool.close()
+            self.memo.clear()
+        if error is not None:
+            raise error
 
     def check(self) -> None:
-        """Raise ExchangeError or GroupError if this group cannot be used any more, here or because a peer failed."""
+        """Raise if this group cannot be used any more, here or because a peer failed.
+
+        ExchangeError, GroupError, or ShapeError where ranks compare their calls late and the last ones differ.
+        """
+        self._settle()
         self._require_usable()
         words = self.control.hear(0.0)
         if words:
@@ -165,22 +201,36 @@ class UlyssesGroup:
 
     # -- keeping the ranks together
 
-    def agree(self, what: str, signature: str, seed: int = 0) -> int:
-        """Before a call moves anything: that every rank makes the same one. Returns rank 0's `seed`.
+    def agree(self, what: str, signature: str, seed: int | None = None, *, device: str | None = None) -> int:
+        """Before a call moves anything: that every rank makes the same one. Returns rank 0's `seed`, 0 for None.
 
         Raises ShapeError on every rank when they differ, saying who differs in what; or, where a peer refused the call,
-        that peer's error.
+        that peer's error. `device`: that of the rows, where the exchange may let a call go ahead that all ranks made
+        before: if it is not the same this time, the next call, `check` or `close` raises, and the group has ended.
         """
+        self._settle()
         self._require_usable()
         self._calls += 1
         self.latest = self._calls, what
         self._doing = f"call {self._calls} ({what})"
-        return self._compare(f"call={what}; {signature}", seed) if self.size > 1 else seed
+        if self.size == 1:
+            return seed or 0
+        text = f"call={what}; {signature}"
+        defers = seed is None and device is not None and self._defers(device)
+        digest = _digest(text)
+        if defers and digest in self._agreed:
+            self._later = text, self._begin_gather(self._record(text))
+            return 0
+        seed = self._compare(text, seed or 0)
+        if defers:
+            self._agreed.add(digest)
+        return seed
 
     def refuse(self, error: UlyssesError) -> None:
         """Take part in the agreement on a call that this rank cannot make, so that every rank raises."""
         if self.size == 1 or self._broken or self._closed:
             return
+        self._settle()
         self._calls += 1
         self._doing = f"call {self._calls} (refused)"
         self._compare(f"{type(error).__name__}\n{error}", refused=error)
@@ -205,30 +255,35 @@ class UlyssesGroup:
             yield
         except BaseException as error:
             if self._broken is None:
-                self._broken = f"{self._doing} failed with {type(error).__name__}: {error}"
-                self.control.tell(self._broken)
-                self.pool.close()
+                self._end(f"{self._doing} failed with {type(error).__name__}: {error}")
             raise
         self._doing = "between calls"
 
-    def _compare(self, text: str, seed: int = 0, refused: UlyssesError | None = None) -> int:
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        record = _RECORD.pack(self._calls, refused is not None, seed, digest)
+    def _compare(
+        self,
+        text: str,
+        seed: int = 0,
+        refused: UlyssesError | None = None,
+        later: Callable[[], list[bytes]] | None = None,
+    ) -> int:
+        """Hold this call, `text`, against the others'; `later` is a gathering of the records that has begun."""
         with self.step("agreement"):
             texts: list[str] | None = None
-            if self._check_all:
-                records = [
-                    (blob[: _RECORD.size], blob[_RECORD.size :]) for blob in self._gather(record + _padded(text))
-                ]
-                heads, texts = [head for head, _ in records], [_unpadded(tail) for _, tail in records]
+            if later is not None:
+                heads = later()
+            elif self._check_all:
+                blobs = self._begin_gather(self._record(text, seed, refused) + _padded(text))()
+                heads, texts = [b[: _RECORD.size] for b in blobs], [_unpadded(b[_RECORD.size :]) for b in blobs]
             else:
-                heads = self._gather(record)
+                heads = self._begin_gather(self._record(text, seed, refused))()
             calls, refusals, seeds, hashes = zip(*map(_RECORD.unpack, heads), strict=True)
             if len(set(hashes)) == len(set(calls)) == 1 and not any(refusals):
                 return int(seeds[0])
             if texts is None:
-                texts = [_unpadded(blob) for blob in self._gather(_padded(text))]
+                texts = [_unpadded(blob) for blob in self._begin_gather(_padded(text))()]
         self._calls = max(calls)  # ranks that skipped a call are level again
+        if self._agreed.intersection(hashes):  # of ranks that did not wait, and have begun to exchange
+            self._end(f"{self._doing}: the ranks made different calls")
         self._doing = "between calls"
         if refused is not None:
             return seed
@@ -239,22 +294,49 @@ class UlyssesGroup:
         numbers = "" if len(set(calls)) == 1 else f"; their call numbers are {list(calls)}: did a rank skip a call?"
         raise ShapeError(f"the ranks make different calls: {spec.differences(texts)}{numbers}")
 
-    def _gather(self, payload: bytes) -> list[bytes]:
+    def _record(self, text: str, seed: int = 0, refused: UlyssesError | None = None) -> bytes:
+        return _RECORD.pack(self._calls, refused is not None, seed, _digest(text))
+
+    def _begin_gather(self, payload: bytes) -> Callable[[], list[bytes]]:
         self.counts["control"] += 1
-        return self.control.gather(payload)
+        return self.control.begin_gather(payload)
+
+    def _defers(self, device: str) -> bool:
+        """Whether a call on such a device that all ranks made before may go ahead before they have compared it."""
+        return not self._check_all and isinstance(self.exchange, Watched) and self.exchange.defers(device)
+
+    def _settle(self) -> None:
+        """Compare the latest call, if that is still to be done."""
+        if self._later is not None:
+            (text, later), self._later = self._later, None
+            self._compare(text, later=later)
+
+    def _failure(self) -> str | None:
+        """What the exchange found by itself."""
+        return self.exchange.failure() if isinstance(self.exchange, Watched) else None
 
     def _require_usable(self) -> None:
         if self._closed:
             raise GroupError(f"group {self.name!r} is closed")
         if self._broken is not None:
             raise ExchangeError(f"group {self.name!r} cannot be used any more: {self._broken}; make a new one")
+        failure = self._failure()
+        if failure is not None:
+            raise self._fail(RuntimeError(failure))
+
+    def _end(self, why: str) -> None:
+        """This group is of no use any more: tell the peers, and do not wait for them."""
+        self._broken = why
+        self._later = None
+        self.pool.close()  # a late peer may still write to buffers in flight, so none is used again
+        self.control.tell(why)
+        if isinstance(self.exchange, Watched):
+            self.exchange.abort(why)
 
     def _fail(self, error: RuntimeError) -> ExchangeError:
         """End the group: leave a last word, read the peers', and say who is where."""
         own = f"{self._doing}: {str(error).splitlines()[0]}"
-        self._broken = own
-        self.pool.close()  # a late peer may still write to buffers in flight, so none is used again
-        self.control.tell(own)
+        self._end(own)
         words = self.control.hear(_WORDS_SECONDS)
         words.pop(self.rank, None)
         silent = sorted(set(range(self.size)) - set(words) - {self.rank})
@@ -263,6 +345,10 @@ class UlyssesGroup:
         if silent:
             parts.append(f"no word from ranks {silent}: died, stopped, or elsewhere")
         return ExchangeError("; ".join(parts))
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
 def _padded(text: str) -> bytes:
@@ -292,13 +378,58 @@ def process_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessG
     return group
 
 
-def _carriers(exchange: str, group: dist.ProcessGroup, pool: Pool, timeout: timedelta) -> tuple[Control, Exchange, str]:
-    """What carries the control messages of a process group, what carries its rows, and why."""
-    return (
-        GlooControl(group, timeout),
-        TorchExchange(group, pool, timeout),
-        f"{exchange}: any process group can carry it",
-    )
+def _carriers(exchange: str, group: dist.ProcessGroup, timeout: timedelta) -> tuple[Control, Exchange, Pool, str]:
+    """What carries the control messages of a process group and its rows, where its buffers come from, and why.
+
+    The same on every rank: what a rank finds out by itself, all ranks hear before they choose.
+    """
+    store = meeting_point(group)
+    asked = share(store, "exchange", group, exchange, timeout)
+    if len(set(asked)) > 1:
+        raise OptionError(
+            f"the ranks ask for different exchanges: {asked} in rank order; exchange= must be one for all"
+        )
+    why, devices = f"{exchange}: any process group can carry it", _devices(group)
+    if exchange == "shm" or (exchange == "auto" and devices == {"cpu"}):
+        found = _shared_memory(group, store, timeout)
+        if not isinstance(found, str):
+            return found, OneSidedExchange("shm", found), found.pool, f"{exchange}: the ranks share this host's memory"
+        if exchange == "shm":
+            raise GroupError(
+                f'exchange="shm" cannot carry group {group.group_name!r}: {found}. It needs all ranks to be processes '
+                'of one Linux host, container and user; exchange="nccl" or "torch" needs nothing of that'
+            )
+        why = f"{why}; not shm: {found}"
+    if exchange == "symm":
+        control = GlooControl(group, timeout)
+        symmetric = symm.meet(group, store, control, timeout)
+        if not isinstance(symmetric, str):
+            return control, symm.SymmetricExchange(symmetric), symmetric.pool, "symm: the GPUs write into each other"
+        control.close()
+        raise GroupError(
+            f'exchange="symm" cannot carry group {group.group_name!r}: {symmetric}. It needs a CUDA GPU per rank, all '
+            'on one host with peer access (NVLink); exchange="nccl" or "torch" needs nothing of that'
+        )
+    pool = Pool()
+    control, over_group = GlooControl(group, timeout), TorchExchange(group, pool, timeout)
+    if exchange == "nccl" or (exchange == "auto" and "cuda" in devices):
+        nccl, why_not = nccl_library.usable(control)
+        if nccl is not None:
+            why = f"{exchange}: cupy's NCCL for CUDA tensors, the process group for others"
+            return control, NcclExchange(nccl, control, pool, timeout, host=over_group), pool, why
+        if exchange == "nccl":
+            raise GroupError(why_not)
+        why = f"{why}; not nccl, as of {why_not}"
+    return control, over_group, pool, why
+
+
+def _shared_memory(group: dist.ProcessGroup, store: dist.Store, timeout: timedelta) -> Shm | str:
+    """The exchange over shared memory, or why there is none."""
+    if sys.platform != "linux":
+        return f"this is {sys.platform}, not Linux"
+    from .exchange.shm import meet  # uses what only Linux has
+
+    return meet(group, store, timeout)
 
 
 def _devices(group: dist.ProcessGroup) -> frozenset[str]:
@@ -321,7 +452,6 @@ def _register(group: UlyssesGroup) -> str:
     Chunks are in it as they shape what a forward keeps: PyTorch's on-disk cache must not mix up their graphs.
     """
     label = "local" if group.process_group is None else group.process_group.group_name
-    label += "" if group.chunks == "auto" else f" in {group.chunks} chunks"
     with _lock:
         for number in itertools.count():
             name = f"{label}/{number}:{group.rank}of{group.size}"
@@ -365,7 +495,10 @@ def _implicit(group: dist.ProcessGroup | DeviceMesh | None) -> str:
 @atexit.register
 def _close_all() -> None:
     for group in list(_GROUPS.values()):
-        group.close()
+        try:
+            group.close()
+        except UlyssesError as error:  # there is nobody left to catch it, and there are other groups
+            print(error, file=sys.stderr)
 
 
 def run_virtual(

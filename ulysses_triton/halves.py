@@ -54,8 +54,8 @@ def exchange_in_backward(rows: Tensor, kv_rows: Tensor, *arguments: Any) -> tupl
     """-> (dq, dk, dv, dq_norm, dk_norm), as the layer's backward."""
     call = Call(*arguments)
     group, problem, inputs = agreed("exchange in backward", call)
-    grads, views = _grads(problem, inputs, call, group.pool.take)
     with group.call():
+        grads, views = _grads(problem, inputs, call, group.pool.take)
         norms = executor.exchange_in_backward(problem, group, inputs, Inputs(*views, None), [rows, kv_rows])
     return (*grads, *small_grads(inputs.q, norms, (call.q_norm, call.k_norm)))
 
@@ -96,7 +96,7 @@ def exchange_out(
     """o [S, B, hq, Dv] in head layout -> out [B, L, Hq, Dv]."""
     own = by_name(group)
     problem = _output_problem(o, heads, kv_heads, head_dim, lens, causal)
-    own.agree("exchange out", problem.signature)
+    own.agree("exchange out", problem.signature, device=problem.device)
     width = place(problem).chunks[0].out[0].rows[own.rank].width
     if o.size(2) * o.size(3) == width:
         rows = o.flatten(2)
@@ -119,7 +119,7 @@ def exchange_out_backward(
     """dout [B, L, Hq, Dv] -> rows [S, B, row] that hold do [hq, Dv] in head layout."""
     own = by_name(group)
     problem = _output_problem(dout.transpose(0, 1), heads, kv_heads, head_dim, lens, causal)
-    own.agree("exchange out backward", problem.signature)
+    own.agree("exchange out backward", problem.signature, device=problem.device)
     with own.call():
         return executor.exchange_out_backward(problem, own, Inputs(dout, dout, dout, None), dout)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import executor
 from .call import SCHEMA, Call, agreed, describe
+from .errors import UlyssesError
 from .executor import Inputs, SmallGrads
 from .group import by_name
 from .local import choose
@@ -80,9 +81,13 @@ def attention_backward(
     The gradient of a fused qkv, or of x, is dq; those of ASKED are made where `asked`, and what has none is empty.
     """
     call, wanted = Call(*arguments), dict(zip(ASKED, asked, strict=True))
-    take = by_name(call.group).pool.take
-    around = around_grads(call, wanted, take)
-    grads, views = input_grads(dout, call, around, fused, head_dim, kv_tokens, take)
+    own = by_name(call.group)
+    try:
+        around = around_grads(call, wanted)
+        grads, views = input_grads(dout, call, around, fused, head_dim, kv_tokens, own.pool.take)
+    except UlyssesError as error:  # no memory for them
+        own.refuse(error)
+        raise
     if call.q is None:  # not saved, as not needed: only the shapes are
         call = call._replace(q=grads[0]) if fused else call._replace(q=views[0], k=views[1], v=views[2])
     group, problem, inputs = agreed("attention backward", call)
@@ -98,7 +103,7 @@ def _(
     *arguments: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     call, wanted = Call(*arguments), dict(zip(ASKED, asked, strict=True))
-    around = around_grads(call, wanted, torch.empty)
+    around = around_grads(call, wanted)
     grads, _ = input_grads(dout, call, around, fused, head_dim, kv_tokens, torch.empty)
     made = _whole(call if wanted["slopes"] else call._replace(slopes=None))
     return (*grads, *small_grads(dout, made, _whole(call)), *_or_empty(dout, around[1:]))
@@ -121,13 +126,12 @@ def _or_empty(like: Tensor, grads: Sequence[Tensor | None]) -> list[Tensor]:
     return [like.new_empty(0) if grad is None else grad for grad in grads]
 
 
-def around_grads(call: Call, wanted: dict[str, bool], empty: Callable[..., Tensor]) -> Projection:
-    """New tensors for the gradients of the projections that are wanted, and of x."""
-    given = call.projection._asdict()
+def around_grads(call: Call, wanted: dict[str, bool]) -> Projection:
+    """New tensors for the gradients of x and the projections that are wanted: nobody's messages, so not of the pool."""
     return Projection(
         **{
-            name: empty(tuple(x.shape), dtype=x.dtype, device=x.device)
-            for name, x in given.items()
+            name: torch.empty(tuple(x.shape), dtype=x.dtype, device=x.device)
+            for name, x in call.projection._asdict().items()
             if x is not None and wanted["q" if name == "x" else name]
         }
     )

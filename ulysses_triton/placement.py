@@ -247,14 +247,14 @@ def _chunk(problem: Problem, number: int, parts: Sequence[_Part], shared: bool) 
 _placed = lru_cache(maxsize=256)(_place)
 
 
-def chunk_count(problem: Problem, asked: int | str) -> int:
+def chunk_count(problem: Problem, asked: int) -> int:
     """In how many chunks a layer goes where `asked` are wanted: every rank needs a query head for each of them.
 
-    "auto" is one: what overlap hides on a CPU it takes away from attention. A callable gets all heads at once.
+    A callable gets all heads at once.
     """
-    if asked in ("auto", 1) or problem.attention == "callable":
+    if asked == 1 or problem.attention == "callable":
         return 1
-    return min(int(asked), *(int(share.q_heads) for share in place(problem).shares))
+    return min(asked, *(int(share.q_heads) for share in place(problem).shares))
 
 
 def _row(parts: list[tuple[str, int, int, int]]) -> Row:

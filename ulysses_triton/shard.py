@@ -76,11 +76,10 @@ def gathered(group: UlyssesGroup, what: str, x: Tensor, lens: Sequence[int]) -> 
     """All ranks' `x` [L, ...] as one, by one exchange that they agree on as `what`; without a gradient."""
     each = math.prod(x.shape[1:])
     group.agree(what, _signature(x, lens))
-    whole = x.new_empty((sum(lens), *x.shape[1:]))
     mine, at = lens[group.rank] * each, sum(lens[: group.rank]) * each
     message = Message((mine,) * group.size, tuple(n * each for n in lens), (at,) * group.size)
-    _exchange(group, what, message, whole.view(-1), [x.contiguous().view(-1)] * group.size)
-    return whole
+    whole = _exchange(group, what, message, [x.contiguous().view(-1)] * group.size)
+    return whole.view(sum(lens), *x.shape[1:])
 
 
 class _Gather(torch.autograd.Function):
@@ -103,8 +102,7 @@ class _Gather(torch.autograd.Function):
             (mine,) * group.size,
             tuple(part.numel() * group.rank for part in parts),
         )
-        received = grad.new_empty(group.size * mine)
-        _exchange(group, "gather_sequence backward", message, received, parts)
+        received = _exchange(group, "gather_sequence backward", message, parts)
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
         total = received.view(group.size, mine).sum(0, dtype=wide).to(grad.dtype)
         return total.view(lens[group.rank], *grad.shape[1:]), None, None
@@ -114,10 +112,11 @@ def _signature(x: Tensor, lens: Sequence[int]) -> str:
     return f"lens={tuple(lens)}; shape of a token={tuple(x.shape[1:])}; dtype={x.dtype}"
 
 
-def _exchange(group: UlyssesGroup, name: str, message: Message, receive: Tensor, parts: Sequence[Tensor]) -> None:
-    """One hop that sends `parts[rank]` to every rank."""
+def _exchange(group: UlyssesGroup, name: str, message: Message, parts: Sequence[Tensor]) -> Tensor:
+    """One hop that sends `parts[rank]` to every rank; returns what arrives, flat."""
     group.counts[name] += 1
     with group.call():
+        receive = group.pool.take((sum(message.receive),), parts[0].dtype, parts[0].device)
         with group.step(name):
             hop = group.exchange.open([message], [receive], [None])
         for block, part in zip(hop.blocks[0], parts, strict=True):
@@ -125,6 +124,7 @@ def _exchange(group: UlyssesGroup, name: str, message: Message, receive: Tensor,
         with group.step(name):
             hop.start()
             hop.finish()
+    return receive
 
 
 def _dim(x: Tensor, dim: int) -> int:

@@ -178,7 +178,8 @@ def differences(signatures: Sequence[str]) -> str:
 
 _REMEDIES = {
     "tuning": " (launch configurations; `ulysses-triton tune` under torchrun gives all hosts the same, and so does one "
-    "folder for all in ULYSSES_TRITON_CACHE)"
+    "folder for all in ULYSSES_TRITON_CACHE)",
+    "chunks": ' (of UlyssesGroup; "auto" follows from the GPU: give a number where ranks have different ones)',
 }
 
 

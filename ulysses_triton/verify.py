@@ -217,6 +217,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--rope", action="store_true", help="RoPE in the op, on a fused projection")
     parser.add_argument("--qk-norm", action="store_true", help="QK-norm in the op, on a fused projection")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="GPUs if there are any")
+    parser.add_argument("--exchange", default="auto", help="as `UlyssesGroup(exchange=...)` (default: auto)")
     number("--rows", "query rows to hold against fp64 (default: all that take some seconds)", None)
     number("--repeats", "how often to time each pass; 0 for no timing", 10)
     number("--seed", "of the random sequence", Case.seed)
@@ -255,7 +256,7 @@ def command(arguments: argparse.Namespace) -> int:
         raise OptionError(f"--rows {arguments.rows}; it must be at least 1")
     device = _device(arguments.device)
     case.check(device.type)
-    with _ranks(device), UlyssesGroup() as group:
+    with _ranks(device), UlyssesGroup(exchange=arguments.exchange) as group:
         try:
             return _verify(case, group, device, arguments.rows, arguments.repeats)
         except ExchangeError as error:

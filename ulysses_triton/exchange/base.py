@@ -9,8 +9,8 @@ receive buffers and moves nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -55,6 +55,22 @@ class Exchange(Protocol):
         """Give everything back. Idempotent."""
 
 
+@runtime_checkable
+class Watched(Protocol):
+    """An exchange whose hops go on while nobody on the host waits, so that it finds out by itself when they do not."""
+
+    where: Callable[[], str]  # what the group is doing, for messages
+
+    def defers(self, device: str) -> bool:
+        """Whether ranks that differ in rows on such a device can be told later: then hops hang, and do not crash."""
+
+    def failure(self) -> str | None:
+        """Why it cannot be used any more, if it found so."""
+
+    def abort(self, why: str) -> None:
+        """End what is under way, which peers may never complete, and refuse more. Rows not yet there become NaN."""
+
+
 class Control(Protocol):
     """Small messages between the ranks of one group, apart from the data, each with a deadline."""
 
@@ -63,6 +79,9 @@ class Control(Protocol):
 
     def gather(self, payload: bytes) -> list[bytes]:
         """Every rank's payload, in rank order; all have the same length. Raises RuntimeError at the deadline."""
+
+    def begin_gather(self, payload: bytes) -> Callable[[], list[bytes]]:
+        """`gather` in two halves: give the payload now, wait for the others' by calling what is returned."""
 
     def tell(self, text: str) -> None:
         """Leave a last word that peers can read though nobody waits for it."""

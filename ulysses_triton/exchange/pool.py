@@ -10,8 +10,9 @@ import ctypes
 import math
 import mmap
 import weakref
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,31 +20,37 @@ from torch import Tensor
 _CLASSES = 8  # size classes per power of two: at most an eighth of a buffer is unused
 _SMALLEST = mmap.PAGESIZE
 
+Block: TypeAlias = mmap.mmap | memoryview
+
 
 class Pool:
-    """Buffers of one group. `held` and `free` count bytes, in use and waiting."""
+    """Buffers of one group. `held` and `free` count bytes, in use and waiting: together twice the most ever in use.
+
+    That is room for a forward and a backward of different sizes, so that a step takes no new memory. Tensors of less
+    than `smallest` bytes are PyTorch's own.
+    """
+
+    smallest = _SMALLEST
 
     def __init__(self) -> None:
         self.held = 0
         self.free = 0
         self._peak = 0
-        self._blocks: dict[int, list[mmap.mmap]] = defaultdict(list)
-        self._returned: deque[mmap.mmap] = deque()  # filled by finalizers, in any thread, without a lock
+        self._blocks: dict[int, list[Block]] = {}  # that wait, by size; the size last returned is the last
+        self._returned: deque[Block] = deque()  # filled by finalizers, in any thread, without a lock
         self._open = True
 
     def take(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """An uninitialised contiguous tensor; no view, so its storage is its own."""
         size = math.prod(shape) * dtype.itemsize
-        if device.type != "cpu" or size < _SMALLEST:
+        if device.type != "cpu" or size < self.smallest:
             return _filled(torch.empty(shape, dtype=dtype, device=device))
         self._settle()
         capacity = size_class(size)
-        blocks = self._blocks[capacity]
-        if blocks:
-            block = blocks.pop()
-            self.free -= capacity
+        if capacity in self._blocks:
+            block = self._waiting(capacity)
         else:
-            block = mmap.mmap(-1, capacity)
+            block = self._allocate(capacity)
         self.held += capacity
         self._peak = max(self._peak, self.held)
         lease = (ctypes.c_char * size).from_buffer(block)
@@ -55,18 +62,33 @@ class Pool:
     def close(self) -> None:
         """Keep nothing any more: blocks that come back are freed by whoever held them last."""
         self._open = False
-        self._blocks.clear()
         self._settle()
 
+    def _waiting(self, capacity: int) -> Block:
+        """A block of those that wait, which waits no more."""
+        blocks = self._blocks[capacity]
+        if len(blocks) == 1:
+            del self._blocks[capacity]
+        self.free -= capacity
+        return blocks.pop()
+
+    def _allocate(self, capacity: int) -> Block:
+        return mmap.mmap(-1, capacity)
+
+    def _release(self, block: Block) -> None:
+        """A block that is not kept; its memory goes with the last reference to it."""
+
     def _settle(self) -> None:
-        """Take back what finalizers returned, and free what has been more than enough for a while."""
+        """Take back what finalizers returned, and free what is too much: the sizes that were not used for longest."""
         while self._returned:
             block = self._returned.popleft()
             capacity = len(block)
             self.held -= capacity
-            if self._open and self.free + capacity <= self._peak:
-                self._blocks[capacity].append(block)
-                self.free += capacity
+            self.free += capacity
+            self._blocks[capacity] = [*self._blocks.pop(capacity, ()), block]
+        most = 2 * self._peak - self.held if self._open else 0
+        while self.free > most:
+            self._release(self._waiting(next(iter(self._blocks))))
 
 
 def _filled(tensor: Tensor) -> Tensor:

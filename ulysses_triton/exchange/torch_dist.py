@@ -6,9 +6,7 @@ connections of their own over the same ranks, so that they never wait behind dat
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from ..placement import Message
 from .pool import Pool
+from .store import LastWords, meeting_point
 
 
 class TorchHop:
@@ -74,7 +73,7 @@ class TorchExchange:
         pass
 
 
-class GlooControl:
+class GlooControl(LastWords):
     """Control messages of the ranks of `group` over a gloo backend of their own (every rank of `group` makes one).
 
     The backend is made directly, not by `new_group`: the name that `new_group` gives depends on how many groups each
@@ -82,36 +81,25 @@ class GlooControl:
     """
 
     def __init__(self, group: dist.ProcessGroup, timeout: timedelta) -> None:
-        self.rank = group.rank()
-        self.size = group.size()
-        store = dist.PrefixStore(f"ulysses_triton/{group.group_name}", dist.distributed_c10d._get_default_store())
-        generation = store.add(f"made by {self.rank}", 1)  # the same on every rank, as making one is collective
-        self._store = dist.PrefixStore(str(generation), store)
-        self._gloo: dist.ProcessGroupGloo | None = dist.ProcessGroupGloo(self._store, self.rank, self.size, timeout)
+        store = meeting_point(group)
+        super().__init__(store, group.rank(), group.size())
+        self._gloo: dist.ProcessGroupGloo | None = dist.ProcessGroupGloo(store, self.rank, self.size, timeout)
 
     def gather(self, payload: bytes) -> list[bytes]:
-        mine = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-        every = [torch.empty_like(mine) for _ in range(self.size)]
+        return self.begin_gather(payload)()
+
+    def begin_gather(self, payload: bytes) -> Callable[[], list[bytes]]:
+        mine = torch.frombuffer(bytearray(payload * self.size), dtype=torch.uint8)
+        every = torch.empty_like(mine)
         assert self._gloo is not None, "closed"
-        self._gloo.allgather([every], [mine]).wait()  # type: ignore[attr-defined]
-        return [part.numpy().tobytes() for part in every]
+        # In half the time of gloo's all-gather.
+        work = self._gloo.alltoall_base(every, mine, [], [])  # type: ignore[attr-defined]
 
-    def tell(self, text: str) -> None:
-        with suppress(RuntimeError):  # the store's host may be gone with the rank that died
-            self._store.set(f"word of {self.rank}", text)
+        def finish() -> list[bytes]:
+            work.wait()
+            return [part.numpy().tobytes() for part in every.chunk(self.size)]
 
-    def hear(self, seconds: float) -> dict[int, str]:
-        words: dict[int, str] = {}
-        deadline = time.monotonic() + seconds
-        with suppress(RuntimeError):
-            while True:
-                for rank in set(range(self.size)) - set(words):
-                    if self._store.check([f"word of {rank}"]):
-                        words[rank] = self._store.get(f"word of {rank}").decode()
-                if len(words) == self.size or time.monotonic() >= deadline:
-                    break
-                time.sleep(0.02)
-        return words
+        return finish
 
     def close(self) -> None:
         self._gloo = None  # the connections close with it

@@ -28,12 +28,17 @@ class VirtualWorld:
     def member(self, rank: int) -> VirtualMember:
         return VirtualMember(self, rank)
 
-    def gather(self, rank: int, number: int, item: Any) -> list[Any]:
-        """Round `number` of a gathering in which every rank gives one item."""
+    def give(self, rank: int, number: int, item: Any) -> dict[int, Any]:
+        """A rank's item for round `number` of a gathering in which every rank gives one; the round so far."""
         with self._changed:
             items = self._rounds.setdefault(number, {})
             items[rank] = item
             self._changed.notify_all()
+            return items
+
+    def take(self, number: int, items: dict[int, Any]) -> list[Any]:
+        """All items of round `number`, once they are there."""
+        with self._changed:
             self._wait(lambda: len(items) == self.size, lambda: set(range(self.size)) - set(items))
             self._rounds.pop(number, None)
             return [items[r] for r in range(self.size)]
@@ -82,8 +87,12 @@ class VirtualMember:
         self._round = 0
 
     def gather(self, payload: Any) -> list[Any]:
+        return self.begin_gather(payload)()
+
+    def begin_gather(self, payload: Any) -> Callable[[], list[Any]]:
         self._round += 1
-        return self.world.gather(self.rank, self._round, payload)
+        number, items = self._round, self.world.give(self.rank, self._round, payload)
+        return lambda: self.world.take(number, items)
 
     def announce(self, buffers: Sequence[Tensor]) -> list[Sequence[Tensor]]:
         return self.gather(list(buffers))
