@@ -346,7 +346,7 @@ class Slow:
 
 class SlowHop:
     def __init__(self, hop: Any) -> None:
-        self.hop, self.blocks, self.peers = hop, hop.blocks, getattr(hop, "peers", None)
+        self.hop, self.blocks, self.peers = hop, hop.blocks, hop.peers
 
     def start(self) -> None:
         self.hop.start()

@@ -102,14 +102,23 @@ class Chunk(NamedTuple):
     A section that no rank has heads for is left out: k and v of other tokens than q, where an earlier chunk has them.
     """
 
+    number: int
     shares: tuple[Share, ...]
-    heads: Heads  # that all ranks' rows hold on the way in, in the ranks' order, each once
     holders: tuple[int, ...]  # of every rank: the chunk whose rows hold k and v of its kv heads, at most this one
     senders: tuple[int, ...]  # and the one that their gradients leave with, at least this one
     qkv: tuple[Section, ...]
     out: tuple[Section, ...]
     grad_out: tuple[Section, ...]
     grad_qkv: tuple[Section, ...]
+
+    @property
+    def heads(self) -> Heads:
+        """Those that all ranks' rows hold on the way in, in the ranks' order, each once."""
+        holding = [share for share, holder in zip(self.shares, self.holders, strict=True) if holder == self.number]
+        return Heads(
+            tuple(h for share in self.shares for h in range(share.q_start, share.q_stop)),
+            tuple(sorted({h for share in holding for h in range(share.kv_start, share.kv_stop)})),
+        )
 
 
 @dataclass(frozen=True)
@@ -228,13 +237,9 @@ def _chunk(problem: Problem, number: int, parts: Sequence[_Part], shared: bool) 
             problem.lens, [[("o", s.q_heads, dv, 1)] + [("stat", s.q_heads, 1, stat)] * with_stat for s in shares]
         )
 
-    holding = [share for share, holder in zip(shares, first, strict=True) if holder == number]
     return Chunk(
+        number=number,
         shares=shares,
-        heads=Heads(
-            tuple(h for share in shares for h in range(share.q_start, share.q_stop)),
-            tuple(sorted({h for share in holding for h in range(share.kv_start, share.kv_stop)})),
-        ),
         holders=first,
         senders=last,
         qkv=q_and_kv(first, 1),
