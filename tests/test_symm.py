@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 
 import fake_symm
 import layer
@@ -277,7 +278,11 @@ def grows(group):
         assert receive.tolist() == [number + source for source in range(3) for _ in range(5000)]
         assert inside == (number > 0 or group.rank != 1)
         del receive, opened, block
-        gc.collect()  # what the interpreter has been given lives until then
+        group.pool._settle()
+        while group.pool.held > (0 if full is None else 4096):
+            gc.collect()  # what the interpreter has been given lives until then, and one thread at a time collects
+            time.sleep(0.001)
+            group.pool._settle()
     return before, memory.mapped, full is None
 
 

@@ -15,7 +15,7 @@ the hop. So the first calls copy, and grow the pool until later ones need neithe
 Faults: a wait that ends without its signal leaves a word in pinned memory. `kernels.poison` then makes NaN of what
 arrived, in this hop and all that follow, peers are told at the next signal, and the group raises at the next call. A
 rank that gave up waiting for a peer's READY still writes there, as kernels that are queued cannot be called back: the
-peer's waits fail from then on.
+peer's waits fail from then on, but what it had handed out of those buffers by then is not marked.
 
 Signals are atomics on the peers' memory, which NVLink carries. Not yet run on a GPU: the kernels run in Triton's
 interpreter and are compiled ahead of time, and the rest runs over a fake of PyTorch's memory.
