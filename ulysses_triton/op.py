@@ -83,7 +83,7 @@ def attention_backward(
     call, wanted = Call(*arguments), dict(zip(ASKED, asked, strict=True))
     own = by_name(call.group)
     try:
-        around = around_grads(call, wanted)
+        around = around_grads(call, wanted, own.pool.take)
         grads, views = input_grads(dout, call, around, fused, head_dim, kv_tokens, own.pool.take)
     except UlyssesError as error:  # no memory for them
         own.refuse(error)
@@ -103,7 +103,7 @@ def _(
     *arguments: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     call, wanted = Call(*arguments), dict(zip(ASKED, asked, strict=True))
-    around = around_grads(call, wanted)
+    around = around_grads(call, wanted, torch.empty)
     grads, _ = input_grads(dout, call, around, fused, head_dim, kv_tokens, torch.empty)
     made = _whole(call if wanted["slopes"] else call._replace(slopes=None))
     return (*grads, *small_grads(dout, made, _whole(call)), *_or_empty(dout, around[1:]))
@@ -126,15 +126,14 @@ def _or_empty(like: Tensor, grads: Sequence[Tensor | None]) -> list[Tensor]:
     return [like.new_empty(0) if grad is None else grad for grad in grads]
 
 
-def around_grads(call: Call, wanted: dict[str, bool]) -> Projection:
-    """New tensors for the gradients of x and the projections that are wanted: nobody's messages, so not of the pool."""
-    return Projection(
-        **{
-            name: torch.empty(tuple(x.shape), dtype=x.dtype, device=x.device)
-            for name, x in call.projection._asdict().items()
-            if x is not None and wanted["q" if name == "x" else name]
-        }
-    )
+def around_grads(call: Call, wanted: dict[str, bool], empty: Callable[..., Tensor]) -> Projection:
+    """New tensors for the gradients of x and the projections that are wanted.
+
+    Those of parameters stay with the model, so they are not of the group's pool, which `empty` takes from.
+    """
+    asked = {n: t for n, t in call.projection._asdict().items() if t is not None and wanted["q" if n == "x" else n]}
+    makers = {name: empty if name == "x" else torch.empty for name in asked}
+    return Projection(**{n: makers[n](tuple(t.shape), dtype=t.dtype, device=t.device) for n, t in asked.items()})
 
 
 def input_grads(
