@@ -6,9 +6,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
+import fake_nccl
+import fake_symm
 import layer
 import oracle
 import pytest
@@ -218,6 +221,21 @@ def test_other_kernels(pool, attention, recompute, chunks):
     case = Case((9, 6), 4, 2, given, attention=attention, rope=True, recompute=recompute, chunks=chunks)
     check(case, virtually(case))
     check(case, pool.run(2, on_a_process, case))
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("recompute", [None, "exchange"], ids=["kept", "recompute"])
+@pytest.mark.parametrize("run", [fake_nccl.run, partial(fake_symm.run, step=8192)], ids=["nccl", "symm"])
+def test_fakes_of_the_exchanges_of_gpus(run, recompute, chunks):
+    """Several layers, as later ones use the buffers of the first ones."""
+    case = Case((7, 5), 6, 3, EVERYTHING, rope=True, return_lse=True, recompute=recompute)
+
+    def layers(group: UlyssesGroup) -> list[dict[str, Tensor]]:
+        group.chunks = chunks
+        return [on_a_rank(case, group.rank, group) for _ in range(3)]
+
+    for results in zip(*run(2, layers), strict=True):
+        check(case, list(results))
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, sinks: Tensor | None = None) -> Tensor:

@@ -150,8 +150,9 @@ def ulysses_qkv_attention(
     """`ulysses_attention` on a fused projection's own output, with QK-norm and RoPE applied on the way out.
 
     It can do the projections, too. In a group with `chunks` the next chunk is then projected while the rows of the one
-    before travel, and so is the output of the one before. It is what `F.linear` around the call computes, and keeps x
-    and not qkv for backward.
+    before travel, and so is the output of the one before. It is what `F.linear` around the call computes, but for
+    the order of sums: matrix products of other sizes may round otherwise, and C chunks add up C of them to the output.
+    It keeps x and not qkv for backward. Around a callable `attention` it is `F.linear` itself.
 
     Args:
         qkv: `[B, L, (heads + 2 kv_heads) D]`: all query heads, then all key heads, then all value heads. With `weight`
