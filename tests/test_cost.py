@@ -47,6 +47,9 @@ def problems(draw: st.DrawFn) -> Problem:
         recompute=draw(st.booleans()),
         return_lse=draw(st.booleans()),
         chunks=draw(st.integers(1, min(4, heads // ranks))),
+        features=draw(st.sampled_from([None, 64])),
+        out_features=draw(st.sampled_from([None, 48])),
+        q_norm=draw(st.booleans()),
     )
 
 
@@ -105,6 +108,36 @@ def test_a_backward_by_hand():
     }
 
 
+def test_projections_by_hand():
+    """2 tokens a rank, 32 channels, 6 heads of 16: 2 x 2 x 32 x 96 FLOP; out of 2 heads to 24: 2 x 2 x 32 x 24.
+
+    On the way back dx and dW are as much each, and so are dO and dWo; QK-norm projects the 4 heads of q and k again.
+    """
+    p = problem(features=32, out_features=24, q_norm=True, grad=True)
+    found = {(e.what, e.step): e.seconds for e in timeline(p, replace(UNIT, copy=1e9)).of(0).events}
+    expected = {
+        ("attention", "project"): 2 * 2 * 32 * 96,
+        ("attention", "project_out"): 2 * 2 * 32 * 24,
+        ("attention backward", "project_out_grad"): 2 * 2 * 32 * 24,
+        ("attention backward", "project_out_weight_grad"): 2 * 2 * 32 * 24,
+        ("attention backward", "project_raw"): 2 * 2 * 32 * 64,
+        ("attention backward", "project_grad"): 2 * 2 * 2 * 32 * 96,
+    }
+    assert {key: n for key, n in found.items() if key[1].startswith("project")} == pytest.approx(expected)
+    moved = timeline(p, replace(UNIT, forward=1e9)).of(0).steps()
+    assert moved["project"] == 2 * (2 * 32 + 32 * 96 + 2 * 96), "bytes of the matrices, where they take longer"
+
+
+def test_all_chunks_project_what_one_does_and_hide_exchanges():
+    p = replace(LONG, heads=64, kv_heads=64, features=8192, out_features=8192)
+    network = replace(MACHINES["h100-network"], latency=0.0, launch=0.0)
+    whole, parts = (timeline(replace(p, chunks=n), network) for n in (1, 4))
+    for step in ("project", "project_out", "project_out_grad", "project_grad"):
+        assert parts.steps()[step] == pytest.approx(whole.steps()[step])
+    apart = timeline(replace(p, features=None, out_features=None, chunks=4), network)
+    assert parts.exposed() < apart.exposed() < whole.exposed()
+
+
 def test_an_exchange_waits_for_the_last_rank():
     """With 1 and 3 tokens rank 0 has packed long before rank 1, and gets all only after that."""
     p = problem(lens=(1, 3), kv_lens=(1, 3))
@@ -116,8 +149,7 @@ def test_an_exchange_waits_for_the_last_rank():
 
 @given(problems(), st.booleans())
 def test_it_walks_the_steps_of_the_schedule(p, one_sided):
-    planned = list(schedule.forward(one_sided, p.chunks))
-    planned += schedule.backward(p.recompute, p.chunks) if p.grad else ()
+    planned = [*schedule.of(p, one_sided), *(schedule.of_backward(p) if p.grad else ())]
     t = timeline(p, UNIT, one_sided=one_sided)
     for rank in range(p.ranks):
         for stream in ("compute", "exchange"):

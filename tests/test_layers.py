@@ -57,7 +57,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "exchange.virtual",
         "exchange.watchdog",
     ),
-    "engine": ("call", "executor", "group", "halves", "layout", "local", "memo", "op", "tracing"),
+    "engine": ("call", "executor", "group", "halves", "layout", "local", "memo", "op", "projection", "tracing"),
     "face": (
         "",  # __init__
         "__main__",

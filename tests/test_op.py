@@ -23,11 +23,11 @@ from ulysses_triton.kernels._documents import documents
 def op_arguments(group, q, k, v, **given) -> Call:
     heads, kv_heads = (0, 0) if k is not None else (2, 1)
     plain = Call(
-        q, k, v, cos=None, sin=None, q_norm=None, k_norm=None, sinks=None, slopes=None, q_documents=None,
-        k_documents=None, blocks=None, seed=None, captured=[], group=group.name, heads=heads, kv_heads=kv_heads,
-        lens=[], kv_lens=[], causal=True, scale=0.25, window=[], softcap=None, dropout_p=0.0, dropout_seed=None,
-        predicate="", rope_interleaved=False, rope_dim=0, norm_eps=1e-6, attention="reference", recompute=False,
-        return_lse=False, grad=True, abi=op.ABI,
+        q, k, v, cos=None, sin=None, q_norm=None, k_norm=None, sinks=None, slopes=None, weight=None, bias=None,
+        out_weight=None, out_bias=None, q_documents=None, k_documents=None, blocks=None, seed=None, captured=[],
+        group=group.name, heads=heads, kv_heads=kv_heads, lens=[], kv_lens=[], causal=True, scale=0.25, window=[],
+        softcap=None, dropout_p=0.0, dropout_seed=None, predicate="", rope_interleaved=False, rope_dim=0,
+        norm_eps=1e-6, attention="reference", chunks=1, recompute=False, return_lse=False, grad=True, abi=op.ABI,
     )  # fmt: skip
     return plain._replace(**given)
 
@@ -76,6 +76,40 @@ def test_opcheck_of_the_op_on_a_fused_projection():
         opcheck(torch.ops.ulysses_triton.attention.default, tuple(arguments), test_utils=CHECKS)
 
 
+def projections(*sides: str) -> dict[str, torch.Tensor]:
+    """Around 2 query heads and a kv head of 16, from 24 channels and to 20."""
+    sizes = {"in": {"weight": (64, 24), "bias": (64,)}, "out": {"out_weight": (20, 32), "out_bias": (20,)}}
+    return {n: torch.randn(size, requires_grad=True) for side in sides for n, size in sizes[side].items()}
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["rows saved", "recompute"])
+@pytest.mark.parametrize("sides", [("in",), ("out",), ("in", "out")], ids=" and ".join)
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "QK-norm"])
+def test_opcheck_of_the_op_with_projections(sides, recompute, norm):
+    given = projections(*sides)
+    given |= {n: torch.rand(16, requires_grad=True) for n in ("q_norm", "k_norm") if norm}
+    x = torch.randn(2, 6, 24 if "in" in sides else 64, requires_grad=True)
+    with UlyssesGroup() as group:
+        arguments = op_arguments(group, x, None, None, chunks=2, recompute=recompute, return_lse=norm, **given)
+        opcheck(torch.ops.ulysses_triton.attention.default, tuple(arguments), test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("asked", [True, False], ids=["all asked", "none asked"])
+@pytest.mark.parametrize("sides", [("in",), ("out",), ("in", "out")], ids=" and ".join)
+def test_opcheck_of_the_backward_op_with_projections(sides, asked):
+    given = {name: t.detach() for name, t in projections(*sides).items()}
+    with UlyssesGroup() as group:
+        call = op_arguments(group, torch.randn(2, 6, 24 if "in" in sides else 64), None, None, **given)
+        out, _, workspace = torch.ops.ulysses_triton.attention(*call)
+        if "in" not in sides:
+            call = call._replace(q=None)
+        kept = None if "out" in sides else out
+        every = [asked] * len(op.ASKED)
+        arguments = (torch.randn_like(out), None, kept, workspace, True, 16, 6, every, *call)
+        checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
+        opcheck(torch.ops.ulysses_triton.attention_backward.default, arguments, test_utils=checks)
+
+
 @pytest.mark.parametrize("options", [False, True], ids=["plain", "every option"])
 @pytest.mark.parametrize("fused", [False, True], ids=["q, k, v", "fused"])
 def test_opcheck_of_the_backward_op(fused, options):
@@ -88,7 +122,8 @@ def test_opcheck_of_the_backward_op(fused, options):
         out, _, rows = torch.ops.ulysses_triton.attention(*call)
         call = call._replace(heads=2, kv_heads=1 if fused else 2)
         call = call if fused else call._replace(q=None, k=None, v=None)
-        arguments = (torch.randn_like(out), None, out, rows, fused, 16, 6, options, *call)
+        asked = [options, True, *[False] * 4]
+        arguments = (torch.randn_like(out), None, out, rows, fused, 16, 6, asked, *call)
         checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
         opcheck(torch.ops.ulysses_triton.attention_backward.default, arguments, test_utils=checks)
 

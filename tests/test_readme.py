@@ -64,6 +64,21 @@ def test_every_name_that_the_guides_import_exists():
     assert [name for name in names if not hasattr(ulysses_triton, name)] == []
 
 
+def test_the_example_with_projections_runs():
+    import torch
+
+    from ulysses_triton import ulysses_qkv_attention
+
+    (source,) = re.findall(
+        r"```python\n(out = ulysses_qkv_attention\(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )
+    model = torch.nn.Module()
+    model.qkv, model.out = torch.nn.Linear(64, 48 * 8), torch.nn.Linear(32 * 8, 40, bias=False)
+    names = {"ulysses_qkv_attention": ulysses_qkv_attention, "group": None, "self": model, "x": torch.randn(2, 9, 64)}
+    exec(source, names)
+    assert names["out"].shape == (2, 9, 40)
+
+
 def test_the_trace_example_runs(tmp_path, monkeypatch, capsys):
     import torch
 

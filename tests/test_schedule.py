@@ -25,11 +25,11 @@ WRITES = {  # what an exchange carries away once a step has written it
 }
 
 
-def problem(ranks: int, heads: int, kv_heads: int, chunks: int) -> Problem:
+def problem(ranks: int, heads: int, kv_heads: int, chunks: int, **changes: object) -> Problem:
     lens = (4,) * ranks
     return Problem(
         batch=1, lens=lens, kv_lens=lens, heads=heads, kv_heads=kv_heads, head_dim=8, value_dim=8, dtype="float32",
-        device="cpu", causal=True, scale=1.0, chunks=chunks,
+        device="cpu", causal=True, scale=1.0, chunks=chunks, **changes,
     )  # fmt: skip
 
 
@@ -39,6 +39,7 @@ class Rank:
 
     number: int
     steps: tuple[Step, ...]
+    problem: Problem
     placement: Placement
     one_sided: bool
     place: int = 0
@@ -82,7 +83,7 @@ class World:
     def start(self, rank: Rank, step: Step) -> None:
         assert step.which not in rank.started, "one exchange, started twice"
         writer = next(name for name, exchange in WRITES.items() if exchange == step.name)
-        one_for_all = rank.one_sided and step.name == "exchange_out"
+        one_for_all = rank.one_sided and step.name == "exchange_out" and not rank.problem.projects_out
         for c in range(len(rank.placement.chunks)) if one_for_all else (step.chunk,):
             assert (writer, c) in rank.done and (writer, c) in step.after, (
                 f"{step.which} sends what {writer} has not written"
@@ -103,6 +104,11 @@ class World:
         if name in ("unpack", "unpack_grad"):
             source = {"unpack": "exchange_out", "unpack_grad": "exchange_grad_out"}[name]
             needed += [(source, b) for b in chunks]
+        self.project(rank, step)
+        if name == "unpack" and rank.problem.projects_out:
+            needed = [("exchange_out", c)]
+        if name == "project_out" and rank.one_sided:
+            needed = [("exchange_out", c)]
         for which in needed:
             assert which in rank.finished, f"{step.which} reads what {which} may not have brought"
         if name in WRITES and not (rank.one_sided and name == "attend"):
@@ -111,26 +117,49 @@ class World:
         if name.startswith("attend"):
             rank.read.add((name, c))
 
+    def project(self, rank: Rank, step: Step) -> None:
+        """What a step needs to have been projected, or what a projection needs."""
+        (name, c), p, every = step.which, rank.problem, range(len(rank.placement.chunks))
+        backward = any(s.name == "unpack_grad" for s in rank.steps)
+        sources: list[tuple[Which, ...]] = []  # of each tuple, one
+        if name == "pack" and p.projects:
+            sources.append((("project", c), ("project_raw", 0)))
+        if name == "unpack_grad" and p.projects and p.needs_raw:
+            sources.append((("project_raw", 0),))
+        if name == "project_out" and not rank.one_sided:
+            sources.append((("unpack", c),))
+        if name == "project_out" and c > 0:
+            sources.append((("project_out", 0),))
+        if name == "pack_grad" and p.projects_out:
+            sources.append((("project_out_grad", c),))
+        if name == "project_grad":
+            sources.append((("unpack_grad", 0),))
+        if name.startswith("project"):
+            assert p.projects_out if "out" in name else p.projects
+            assert backward or step.which in [(n, b) for n in ("project", "project_out") for b in every]
+        for either in sources:
+            assert sum(which in rank.done for which in either) == 1, f"{step.which} comes ahead of {either}"
+
 
 @st.composite
-def schedules(draw: st.DrawFn) -> tuple[Placement, tuple[Step, ...], bool]:
+def schedules(draw: st.DrawFn) -> tuple[Problem, tuple[Step, ...], bool]:
     ranks = draw(st.integers(1, 4))
     heads = ranks * draw(st.integers(1, 6))
     kv_heads = draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0]))
     chunks = draw(st.integers(1, heads // ranks))
     one_sided, backward = draw(st.booleans()), draw(st.booleans())
-    if backward:
-        steps = schedule.backward(draw(st.booleans()), chunks)
-    else:
-        steps = schedule.forward(one_sided, chunks)
-    return place(problem(ranks, heads, kv_heads, chunks)), steps, one_sided and not backward
+    options = {name: draw(st.booleans()) for name in ("recompute", "q_norm")}
+    options |= {name: draw(st.sampled_from([None, 24])) for name in ("features", "out_features")}
+    p = problem(ranks, heads, kv_heads, chunks, **options)
+    return p, schedule.of_backward(p) if backward else schedule.of(p, one_sided), one_sided and not backward
 
 
 @given(schedules(), st.data())
 def test_ranks_with_any_delays_come_to_the_end_and_read_only_what_is_there(drawn, data):
     """Whichever rank moves next: none deadlocks, each reads all of its chunks, and exchanges start in one order."""
-    placement, steps, one_sided = drawn
-    ranks = [Rank(number, steps, placement, one_sided) for number in range(len(placement.shares))]
+    p, steps, one_sided = drawn
+    placement = place(p)
+    ranks = [Rank(number, steps, p, placement, one_sided) for number in range(p.ranks)]
     world = World(ranks)
     while not all(rank.over for rank in ranks):
         ready = [rank for rank in ranks if not rank.over and world.can_move(rank)]
@@ -140,6 +169,8 @@ def test_ranks_with_any_delays_come_to_the_end_and_read_only_what_is_there(drawn
     for rank in ranks:
         assert {c for _, c in rank.read} == set(range(len(placement.chunks)))
         assert all(world.arrived(which) for which in rank.started)
+        outputs = {c for name, c in rank.done if name == "project_out"}
+        assert outputs == {s.chunk for s in steps if s.name == "attend" and p.projects_out}
 
 
 @given(schedules())
@@ -168,6 +199,20 @@ def test_an_exchange_in_and_one_out_run_under_every_attention():
     steps = schedule.backward(True, 2)
     assert under_way(steps, "attend_backward", 0) == {"exchange_in 1", "exchange_grad_in 1"}
     assert under_way(steps, "attend_backward", 1) == {"exchange_grad_out 0"}
+
+
+@pytest.mark.parametrize("one_sided", [False, True], ids=["collective", "one-sided"])
+def test_projections_run_under_exchanges(one_sided):
+    steps = schedule.forward(one_sided, 3, True, True)
+    for c in (0, 1):
+        assert f"exchange_in {c}" in under_way(steps, "project", c + 1)
+        assert f"exchange_out {c + 1}" in under_way(steps, "project_out", c)
+    for recompute in (False, True):
+        steps = schedule.backward(recompute, 3, True, True)
+        assert "exchange_grad_in 0" in under_way(steps, "project_out_weight_grad", 0)
+        assert "exchange_grad_in 0" in under_way(steps, "project_out_grad", 1)
+    steps = schedule.backward(False, 2, True, False, True)
+    assert "exchange_grad_out 1" in under_way(steps, "project_raw", 0)
 
 
 @pytest.mark.parametrize("one_sided", [False, True], ids=["collective", "one-sided"])

@@ -11,9 +11,10 @@ from unittest import mock
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from layer import Case, run
 
-from ulysses_triton import OptionError, UlyssesGroup, run_virtual, schedule, trace, tracing
+from ulysses_triton import OptionError, UlyssesGroup, run_virtual, schedule, trace, tracing, ulysses_qkv_attention
 from ulysses_triton.timeline import STREAMS, Event, Timeline, rows
 from ulysses_triton.timeline_svg import KINDS, picture, tick
 
@@ -47,7 +48,10 @@ def steps_of(case: Case, one_sided: bool, chunks: int) -> list[tuple[str, schedu
 
 def check_steps(timeline: Timeline, case: Case, one_sided: bool, chunks: int = 1) -> None:
     assert timeline.ranks == list(range(case.ranks))
-    planned = steps_of(case, one_sided, chunks)
+    check_planned(timeline, steps_of(case, one_sided, chunks))
+
+
+def check_planned(timeline: Timeline, planned: list[tuple[str, schedule.Step]]) -> None:
     for rank in timeline.ranks:
         events = timeline.of(rank).events
         for stream in STREAMS:
@@ -84,6 +88,44 @@ def test_all_steps_of_all_chunks(pool, chunks, recompute):
     assert sent_by_step(virtual)["exchange_out"] == sent_by_step(whole)["exchange_out"]
     for name in ("exchange_in", "exchange_grad_out"):
         assert sent_by_step(virtual)[name] == sent_by_step(processes)[name] == sent_by_step(whole)[name]
+
+
+def projected(case: Case, group: Any) -> None:
+    """A layer of `case` between projections from 24 and to 20 channels, and its backward."""
+    sizes = {"weight": ((case.heads + 2 * case.kv_heads) * case.dim, 24), "out_weight": (20, case.heads * case.dim)}
+    weights = {name: torch.ones(size, requires_grad=True) for name, size in sizes.items()}
+    norm = torch.ones(case.dim)
+    x, options = torch.ones(1, case.lens[group.rank], 24), {"lens": case.lens, "recompute": case.recompute}
+    out = ulysses_qkv_attention(
+        x, group, heads=case.heads, kv_heads=case.kv_heads, q_norm=norm, attention="reference", **weights, **options
+    )
+    out.sum().backward()
+
+
+def projected_on_a_process(ctx: Any, case: Case, chunks: int) -> tuple[Event, ...]:
+    with UlyssesGroup(ctx.group, exchange="torch", chunks=chunks) as group:
+        with trace() as t:
+            projected(case, group)
+        return t.gather(group).events
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("recompute", [None, "exchange"])
+def test_all_steps_of_a_layer_that_projects(pool, chunks, recompute):
+    """It sends what one sends that does not, in as many exchanges; one-sided too, with one out for every chunk."""
+    case = Case((6, 4), heads=12, kv_heads=6, recompute=recompute)
+    with trace() as virtual:
+        run_virtual(2, lambda group: projected(case, group), chunks=chunks)
+    processes = Timeline(pool.run(2, projected_on_a_process, case, chunks)[0])
+    plain = sent_by_step(on_virtual_ranks(case))
+    for timeline, one_sided in ((virtual, True), (processes, False)):
+        steps = {
+            "attention": schedule.forward(one_sided, chunks, True, True),
+            "attention backward": schedule.backward(recompute is not None, chunks, True, True, True),
+        }
+        check_planned(timeline, [(what, step) for what, each in steps.items() for step in each])
+        for name in ("exchange_in", "exchange_out", "exchange_grad_out"):
+            assert sent_by_step(timeline)[name] == plain[name]
 
 
 def sent_by_step(timeline: Timeline) -> Counter[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import cost, halves, masks, op
@@ -17,8 +18,10 @@ from .packed import Offsets, kept_tables
 from .packed import check as check_packing
 from .packed import tables as packed_tables
 from .placement import place
+from .projection import Projection
 
 Attention = str | Callable[..., Tensor]
+NO_PROJECTION = Projection()
 
 
 def ulysses_attention(
@@ -117,6 +120,10 @@ def ulysses_qkv_attention(
     *,
     heads: int,
     kv_heads: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_weight: Tensor | None = None,
+    out_bias: Tensor | None = None,
     rope: tuple[Tensor, Tensor] | None = None,
     rope_interleaved: bool = False,
     rope_dim: int | None = None,
@@ -141,10 +148,20 @@ def ulysses_qkv_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`ulysses_attention` on a fused projection's own output, with QK-norm and RoPE applied on the way out.
 
+    It can do the projections, too. In a group with `chunks` the next chunk is then projected while the rows of the one
+    before travel, and so is the output of the one before. It is what `F.linear` around the call computes, but for
+    the order of sums: matrix products of other sizes may round otherwise, and C chunks add up C of them to the output.
+    It keeps x and not qkv for backward. Around a callable `attention` it is `F.linear` itself.
+
     Args:
-        qkv: `[B, L, (heads + 2 kv_heads) D]`: all query heads, then all key heads, then all value heads.
+        qkv: `[B, L, (heads + 2 kv_heads) D]`: all query heads, then all key heads, then all value heads. With `weight`
+            the layer's input x, `[B, L, E]`.
         group: as for `ulysses_attention`, like every argument that is not listed here.
         heads, kv_heads: Hq and Hkv of the model.
+        weight, bias: `[(heads + 2 kv_heads) D, E]` and `[(heads + 2 kv_heads) D]`, as `nn.Linear` has them: qkv is
+            `F.linear(x, weight, bias)`. Gradients of these four are this rank's share, as that of sinks.
+        out_weight, out_bias: `[E2, heads D]` and `[E2]`, the output projection. All four have x's (or qkv's) dtype, as
+            the call does not follow autocast.
         rope: (cos, sin) of this rank's own tokens, each `[L, R/2]` (a column per channel pair) or `[L, R]` (one per
             channel), or with a leading B. The first R channels of q and k rotate, after the norm (RoFormer, Su et al.
             2021, section 3.2).
@@ -154,7 +171,8 @@ def ulysses_qkv_attention(
         norm_eps: added to the mean square.
 
     Returns:
-        `[B, L, heads, D]`, or (that, LSE). Differentiable in qkv and both weights.
+        `[B, L, heads, D]`, with `out_weight` `[B, L, E2]`, or (that, LSE). Differentiable in qkv or x, norm weights,
+        projections, sinks and slopes.
 
     Raises:
         As `ulysses_attention`.
@@ -163,10 +181,11 @@ def ulysses_qkv_attention(
     with _told_to_peers(own):
         _check_tensors(own, qkv=qkv)
         cos, sin = (None, None) if rope is None else rope
-        optional = {"rope cos": cos, "rope sin": sin, "q_norm": q_norm, "k_norm": k_norm}
+        around = Projection(None, weight, bias, out_weight, out_bias)
+        optional = {"rope cos": cos, "rope sin": sin, "q_norm": q_norm, "k_norm": k_norm, **around._asdict()}
         _check_tensors(own, **{name: tensor for name, tensor in optional.items() if tensor is not None})
     return _attend(
-        own, (qkv, None, None), (cos, sin, q_norm, k_norm), heads=heads, kv_heads=kv_heads,
+        own, (qkv, None, None), (cos, sin, q_norm, k_norm), around, heads=heads, kv_heads=kv_heads,
         rope_interleaved=rope_interleaved, rope_dim=rope_dim or 0, norm_eps=norm_eps, causal=causal, scale=scale,
         window=window, softcap=softcap, sinks=sinks, slopes=alibi_slopes, packing=(segment_ids, cu_seqlens, None),
         mask=mask, dropout=(dropout_p, dropout_seed), lens=lens, attention=attention, recompute=recompute,
@@ -203,6 +222,7 @@ def _attend(
     group: UlyssesGroup,
     qkv: tuple[Tensor, Tensor | None, Tensor | None],
     transform: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = (None,) * 4,
+    around: Projection = NO_PROJECTION,  # its x is q
     *,
     heads: int = 0,
     kv_heads: int = 0,
@@ -246,7 +266,8 @@ def _attend(
         parts = heads + 2 * kv_heads if qkv[1] is None else 1
         if any(t is not None and t.dim() < 3 for t in qkv) or parts < 1:
             raise ShapeError(f"q has shape {list(qkv[0].shape)}, with heads = {heads} and kv_heads = {kv_heads}")
-        head_dim = qkv[0].size(-1) // parts
+        width = qkv[0].size(-1) if around.weight is None else around.weight.size(0) if around.weight.dim() else 0
+        head_dim = width // parts
         predicate, captured, blocks = ("", (), None) if mask is None else masks.parse(mask)
         keys = qkv[0] if qkv[1] is None else qkv[1]
         check_packing(*packing, qkv[0].shape, kv_lens is None and keys.shape[1:2] == qkv[0].shape[1:2])
@@ -258,13 +279,17 @@ def _attend(
                 f"{sum(all_lens)} and {sum(all_kv_lens)}"
             )
     tables = _documents(group, packing, all_lens, all_kv_lens, qkv[0])
-    leaves = (*qkv, *transform[2:], sinks, slopes)
+    leaves = (*qkv, *transform[2:], sinks, slopes, *around)
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in leaves if t is not None)
     call = Call(
         *qkv,
         *transform,
         sinks=sinks,
         slopes=slopes,
+        weight=around.weight,
+        bias=around.bias,
+        out_weight=around.out_weight,
+        out_bias=around.out_bias,
         q_documents=tables[0],
         k_documents=tables[1],
         blocks=blocks,
@@ -349,7 +374,14 @@ def _best_chunks(group: UlyssesGroup, call: Call) -> int:
 
 
 def _around(group: UlyssesGroup, attention: Callable[..., Tensor], call: Call, packing: tuple[Any, Any, Any]) -> Tensor:
-    """A callable between the two halves of the exchange."""
+    """A callable between the two halves of the exchange, which PyTorch projects around."""
+    around = call.projection
+    if any(given is not None for given in around):
+        assert call.q is not None
+        with _told_to_peers(group):
+            describe(group, call)
+        qkv = call.q if around.weight is None else F.linear(call.q, around.weight, around.bias)
+        call = call._replace(q=qkv, weight=None, bias=None, out_weight=None, out_bias=None)
     rows, kv_rows = halves.exchange_in(*call)
     problem, _ = describe(group, call)
     received = [rows, kv_rows] if problem.cross else [rows]
@@ -377,7 +409,7 @@ def _around(group: UlyssesGroup, attention: Callable[..., Tensor], call: Call, p
     except Exception as error:
         group.refuse(error if isinstance(error, UlyssesError) else OptionError(f"the attention callable: {error}"))
         raise
-    return halves.exchange_out(
+    result = halves.exchange_out(
         out.transpose(0, 1),
         group.name,
         problem.heads,
@@ -386,3 +418,4 @@ def _around(group: UlyssesGroup, attention: Callable[..., Tensor], call: Call, p
         list(problem.lens),
         problem.causal,
     )
+    return result if around.out_weight is None else F.linear(result.flatten(2), around.out_weight, around.out_bias)

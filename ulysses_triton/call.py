@@ -1,7 +1,8 @@
 """The arguments of the ops as one value, and the problem that they state.
 
 All ops take the same arguments in the same order; their schemas are made from `Call`. The raw projection output is
-passed as `q` with `k` and `v` None; `heads` and `kv_heads` then say how to split it. Documents come as the tables that
+passed as `q` with `k` and `v` None, and so is the input x where the layer projects it with `weight`; `heads` and
+`kv_heads` then say how to split it. Documents come as the tables that
 the kernels take (`packed`), a mask as the name of its predicate, the tensors it captured and the status of its blocks.
 """
 
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 from torch import Tensor
 
-from . import masks
+from . import masks, projection
 from .errors import DeviceError, DtypeError, OptionError, ShapeError, UlyssesError
 from .executor import Inputs
 from .group import UlyssesGroup, by_name
@@ -22,6 +23,7 @@ from .kernels._config import fingerprint
 from .kernels._views import Documents, Dropout, Predicate, Transform
 from .local import choose
 from .placement import chunk_count, place
+from .projection import Projection, split_qkv
 from .spec import Problem
 
 
@@ -37,6 +39,10 @@ class Call(NamedTuple):
     k_norm: Tensor | None
     sinks: Tensor | None
     slopes: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    out_weight: Tensor | None
+    out_bias: Tensor | None
     q_documents: Tensor | None
     k_documents: Tensor | None
     blocks: Tensor | None
@@ -80,6 +86,11 @@ class Call(NamedTuple):
         return Call._make((*tensors[:TENSORS], list(tensors[TENSORS:]), *numbers))
 
     @property
+    def projection(self) -> Projection:
+        x = None if self.weight is None else self.q
+        return Projection(x, self.weight, self.bias, self.out_weight, self.out_bias)
+
+    @property
     def fused(self) -> bool:
         return self.k is None
 
@@ -92,13 +103,6 @@ _TYPES = {
 SCHEMA = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(Call).items())
 
 
-def split_qkv(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of a projection's output `[B, L, (heads + 2 kv_heads) D]` (or of its gradient) as q, k and v."""
-    dim = qkv.size(-1) // (heads + 2 * kv_heads)
-    q, k, v = qkv.split([heads * dim, kv_heads * dim, kv_heads * dim], dim=-1)
-    return q.unflatten(-1, (heads, dim)), k.unflatten(-1, (kv_heads, dim)), v.unflatten(-1, (kv_heads, dim))
-
-
 def describe(group: UlyssesGroup, call: Call) -> tuple[Problem, Inputs]:
     """The problem that the arguments of a call state, and its tensors as the executor takes them.
 
@@ -107,14 +111,20 @@ def describe(group: UlyssesGroup, call: Call) -> tuple[Problem, Inputs]:
     q, k, v = call.q, call.k, call.v
     assert q is not None
     if k is None or v is None:
+        name, last = ("qkv", "(heads + 2 kv_heads) D") if call.weight is None else ("x", "E")
         if q.dim() != 3:
-            raise ShapeError(f"qkv has shape {list(q.shape)}; expected [B, L, (heads + 2 kv_heads) D]")
+            raise ShapeError(f"{name} has shape {list(q.shape)}; expected [B, L, {last}]")
+        projection.check(call.projection, q)
+        if call.weight is not None:
+            name = "the projected x"
+            q = q.new_empty(1).expand(*q.shape[:2], call.weight.size(0))  # for its shape
         if call.heads < 1 or call.kv_heads < 1 or q.size(-1) % (call.heads + 2 * call.kv_heads):
             raise ShapeError(
-                f"qkv has {q.size(-1)} channels, which {call.heads} query heads and 2 x {call.kv_heads} kv heads "
+                f"{name} has {q.size(-1)} channels, which {call.heads} query heads and 2 x {call.kv_heads} kv heads "
                 "do not divide: check heads= and kv_heads="
             )
         q, k, v = split_qkv(q, call.heads, call.kv_heads)
+        projection.check_output(call.projection, call.heads, v.size(3))
     _check_shapes(q, k, v)
     _check_alike(call, {"q": q, "k": k, "v": v})
     transform = _transform(call, q)
@@ -151,6 +161,10 @@ def describe(group: UlyssesGroup, call: Call) -> tuple[Problem, Inputs]:
         recompute=call.recompute,
         return_lse=call.return_lse,
         grad=call.grad,
+        features=None if call.weight is None else call.weight.size(1),
+        bias=call.bias is not None,
+        out_features=None if call.out_weight is None else call.out_weight.size(0),
+        out_bias=call.out_bias is not None,
     )
     problem.check()
     _check_masks(call, problem)
@@ -171,6 +185,7 @@ def describe(group: UlyssesGroup, call: Call) -> tuple[Problem, Inputs]:
         documents=None if tables[0] is None or tables[1] is None else Documents(tables[0], tables[1]),
         predicate=Predicate(masks.by_name(call.predicate), tuple(call.captured)) if call.predicate else None,
         blocks=call.blocks,
+        projection=call.projection,
     )
 
 

@@ -6,6 +6,7 @@ one-sided exchange the bytes travel while a kernel writes them, and only the arr
 stream does one thing at a time. Example: 4 ranks that send 300 MB each at 300 GB/s exchange for 1 ms; if attention of
 2 chunks takes 2 ms each, the second chunk's exchange hides behind the first one's attention.
 
+Projections count as many products per second as attention's forward, and all gradients that there may be.
 What documents, masks and blocks leave out is not known on the host, so attention counts as if they left out nothing.
 """
 
@@ -87,7 +88,7 @@ def timeline(problem: Problem, machine: Machine, *, one_sided: bool = False) -> 
     calls = ["attention", "attention backward"] if problem.grad else ["attention"]
     for call, what in enumerate(calls, 1):
         begin = max((e.end for e in events), default=0.0)
-        steps = _steps(problem, one_sided, backward=call == 2)
+        steps = schedule.of(problem, one_sided) if call == 1 else schedule.of_backward(problem)
         blank = Event(0, call, what, "", 0, "", begin, begin)
         events += _exposed(_walk(steps, _Costs(problem, machine, one_sided), blank, problem.ranks), begin)
     return Timeline(events)
@@ -126,12 +127,6 @@ def pairs(queries: int, keys: int, left: int, right: int) -> int:
     return upper - (0 if left < 0 else below(-left))
 
 
-def _steps(problem: Problem, one_sided: bool, *, backward: bool) -> Sequence[Step]:
-    if backward:
-        return schedule.backward(problem.recompute, problem.chunks)
-    return schedule.forward(one_sided, problem.chunks)
-
-
 # -- the cost of a step
 
 _CARRIED = {  # by each exchange: in which direction, and what
@@ -159,6 +154,10 @@ class _Costs:
         if step.stream == "exchange":
             moving = 0.0 if self.one_sided else max(self.wire(step.name, step.chunk, rank)) / m.exchange
             return (p.ranks - 1) * m.latency + moving
+        if step.name.startswith("project"):
+            multiplications, elements = self._projected(step, rank)
+            wide = p.item_size / 2  # as many products as if they were of 2 bytes
+            return m.launch + max(2.0 * multiplications * wide / m.forward, elements * p.item_size / m.copy)
         storing = 0.0
         if self.one_sided and step.name in _WRITES:
             storing = self.wire(_WRITES[step.name], step.chunk, rank)[0] / m.exchange
@@ -171,7 +170,7 @@ class _Costs:
 
     def sent(self, step: Step, rank: int) -> int:
         """Bytes that a rank sends in an exchange; a one-sided way out is one for all chunks."""
-        all_at_once = self.one_sided and step.name == "exchange_out"
+        all_at_once = self.one_sided and step.name == "exchange_out" and not self.problem.projects_out
         chunks = range(len(self.chunks)) if all_at_once else [step.chunk]
         return sum(self.wire(step.name, chunk, rank)[0] for chunk in chunks)
 
@@ -204,13 +203,33 @@ class _Costs:
         share = self.chunks[step.chunk].shares[rank]
         return 2.0 * self.scores * share.q_heads * dims * self.problem.item_size / 2
 
+    def _projected(self, step: Step, rank: int) -> tuple[int, int]:
+        """Of a step's matrix products: how many multiplications they are, and the elements of their three matrices."""
+        p, tokens = self.problem, self.problem.batch * self.problem.lens[rank]
+        features, out_features = p.features or 0, p.out_features or 0
+
+        def product(*sizes: int, times: int = 1) -> tuple[int, int]:
+            a, b, c = sizes
+            return times * a * b * c, times * (a * b + b * c + a * c)
+
+        if step.name in ("project", "project_raw", "project_grad"):
+            heads = p.heads + p.kv_heads * (1 if step.name == "project_raw" and not p.recompute else 2)
+            if step.name == "project":
+                mine = self.chunks[step.chunk].heads
+                heads = len(mine.q) + 2 * len(mine.kv)
+            return product(tokens, features, heads * p.head_dim, times=2 if step.name == "project_grad" else 1)
+        every = step.name == "project_out_weight_grad"
+        heads = p.heads if every else len(self.chunks[step.chunk].heads.q)
+        return product(tokens, heads * p.value_dim, out_features)
+
     def _copied(self, step: Step, rank: int) -> int:
         """Bytes read and written by a step that moves rows; pack_grad reads O, too, for its delta."""
         if step.name in _WRITES:
             rows = sum(sum(m.send) for m in self._messages(_WRITES[step.name], step.chunk, rank))
             passes = 3 if step.name == "pack_grad" and self.problem.sends_delta else 2
         else:
-            chunks = range(len(self.chunks))
+            of_one = step.name == "unpack" and self.problem.projects_out
+            chunks = [step.chunk] if of_one else range(len(self.chunks))
             rows = sum(sum(m.receive) for c in chunks for m in self._messages(_READS[step.name], c, rank))
             passes = 2
         return passes * rows * self.problem.item_size

@@ -13,14 +13,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import layout, schedule
+from . import layout, projection, schedule
 from .exchange.base import Hop
 from .group import UlyssesGroup
 from .kernels._blocks import combine, lists
-from .kernels._views import Blocks, Documents, Dropout, HeadGrads, HeadMap, Options, Predicate, Span, Transform
+from .kernels._views import (
+    Blocks,
+    Documents,
+    Dropout,
+    HeadGrads,
+    HeadMap,
+    Options,
+    ORows,
+    Predicate,
+    Span,
+    Transform,
+)
 from .layout import workspace
 from .local import choose
-from .placement import Message, Section, inbound, outbound, place
+from .placement import Heads, Message, Section, inbound, outbound, place
+from .projection import Projection, split_qkv
 from .schedule import Which
 from .spec import Problem
 
@@ -28,7 +40,8 @@ from .spec import Problem
 class Inputs(NamedTuple):
     """A call's tensors: q `[B, L, Hq, D]`, k `[B, Lk, Hkv, D]`, v `[B, Lk, Hkv, Dv]`, any strides, dense last dim.
 
-    What follows is of the whole sequence and all heads, and equal on every rank.
+    Where they are projected from x in the layer, only their shapes and dtype mean anything. From `sinks` to `dropout`
+    all is of the whole sequence and all heads, and equal on every rank.
     """
 
     q: Tensor
@@ -41,6 +54,7 @@ class Inputs(NamedTuple):
     predicate: Predicate | None = None
     blocks: Tensor | None = None  # status of a block mask
     dropout: Dropout | None = None
+    projection: Projection = Projection()
 
 
 class SmallGrads(NamedTuple):
@@ -56,10 +70,13 @@ class SmallGrads(NamedTuple):
 
 
 def forward(problem: Problem, group: UlyssesGroup, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of one layer: (out `[B, L, Hq, Dv]`, LSE `[B, L, Hq]` or empty, workspace bytes or empty)."""
+    """Attention of one layer: (out `[B, L, Hq, Dv]`, LSE `[B, L, Hq]` or empty, workspace bytes or empty).
+
+    Where the output is projected out is `[B, L, E2]`.
+    """
     run = _Run(problem, group, inputs)
     run.saved = group.pool.take((run.space.size,), torch.uint8, inputs.q.device)
-    run.all(schedule.forward(group.exchange.one_sided, problem.chunks))
+    run.all(schedule.of(problem, group.exchange.one_sided))
     assert run.out is not None
     return run.out, run.user_lse, run.saved
 
@@ -78,14 +95,15 @@ def backward(
     """Gradients of one layer into `grads` (tensors like the inputs), and those of norm weights, sinks and slopes.
 
     q, k and v of `inputs` matter only where they are raw (QK-norm) or exchanged again (`recompute`); `slopes` asks for
-    their gradient.
+    their gradient. With projections the gradients of q, k and v are no one's, and those of `grads.projection` are made.
     """
     run = _Run(problem, group, inputs)
-    run.saved, run.grads, run.out, run.dout, run.dlse = saved, grads, out, dout, dlse
+    run.saved, run.out, run.dout, run.dlse = saved, out, dout, dlse
+    run.grads = run.with_own_qkv(grads) if problem.projects else grads
     mine = run.placement.shares[group.rank]
     asked = (inputs.sinks, inputs.slopes if slopes else None)
     run.head_grads = HeadGrads(*(run.per_head(given, mine.q_start, mine.q_stop) for given in asked))
-    run.all(schedule.backward(problem.recompute, problem.chunks))
+    run.all(schedule.of_backward(problem))
     return SmallGrads(*run.norm_grads, *map(run.of_all_heads, run.head_grads))
 
 
@@ -140,6 +158,8 @@ class _Run:
     dlse: Tensor | None
     norm_grads: tuple[Tensor | None, Tensor | None]
     head_grads: HeadGrads
+    dqkv: Tensor  # [B, L, (Hq + 2 Hkv) D], where it is projected from x
+    do: tuple[Tensor, Tensor | None]  # of a chunk whose output is projected: gradients of O and LSE
     sums: tuple[Tensor, Tensor] | None = None  # dk and dv of the kv head that the next chunk works with, too
 
     def __init__(self, problem: Problem, group: UlyssesGroup, inputs: Inputs) -> None:
@@ -152,17 +172,27 @@ class _Run:
         self.stat_dtype = layout.stat_dtype(problem)
         self.hops: dict[Which, Hop] = {}  # opened and not yet finished
         self.received: dict[Which, list[Tensor]] = {}
+        self.around = inputs.projection
+        self.whole: Sequence[Tensor] = inputs[:3]  # q, k and v of all heads
+        self.projected: dict[int, tuple[Sequence[Tensor], Heads]] = {}  # of a chunk's heads, until packed
+        self.results: dict[int, tuple[Tensor, Tensor]] = {}  # O and LSE of a chunk, until its output is projected
         group.note(self.local, self.placement)
 
     def all(self, steps: Sequence[schedule.Step]) -> None:
         """Run `steps`: an exchange starts where it stands and is finished ahead of the first step that waits for it."""
         actions: dict[str, Callable[[int], None]] = {
+            "project": self._project,
+            "project_raw": lambda _: self._project_raw(),
             "pack": self._pack,
             "attend": self._attend,
-            "unpack": lambda _: self._unpack(),
+            "unpack": self._unpack,
+            "project_out": self._project_out,
+            "project_out_grad": self._project_out_grad,
+            "project_out_weight_grad": lambda _: self._project_out_weight_grad(),
             "pack_grad": self._pack_grad,
             "attend_backward": self._attend_backward,
             "unpack_grad": lambda _: self._unpack_grad(),
+            "project_grad": lambda _: self._project_grad(),
         }
         recorder = self.group.recorder
         for step in steps:
@@ -189,8 +219,9 @@ class _Run:
             for mine, message in zip(kept, self._messages(inbound, sections), strict=True)
         ]
         hop = self._open("exchange_in", c, inbound, sections, receive)
-        rows = layout.qkv_rows(self.problem, self.rank, self.chunks[c], sections, hop.blocks)
-        self.local.pack(*self.inputs[:3], list(rows), self.inputs.transform)
+        (q, k, v), heads = self.projected.pop(c, (self.whole, None))
+        rows = layout.qkv_rows(self.problem, self.rank, self.chunks[c], sections, hop.blocks, heads)
+        self.local.pack(q, k, v, list(rows), self.inputs.transform)
 
     def _attend(self, c: int) -> None:
         p = self.problem
@@ -212,45 +243,111 @@ class _Run:
         return layout.spans(self.problem, self.rank, sections[0], blocks, ("o", "stat"))
 
     def _straight_out(self, c: int) -> list[Span]:
-        """Where a chunk's results go at each rank, in their final layout; the first one offers mine to the peers."""
-        p, share = self.problem, self.chunks[c].shares[self.rank]
-        if ("exchange_out", 0) not in self.hops:
-            results = self._new_results()
+        """Where a chunk's results go at each rank, in their final layout; whoever comes first offers mine to the peers.
+
+        One result holds all heads, or where the output is projected those of a chunk.
+        """
+        p, share, heads = self.problem, self.chunks[c].shares[self.rank], self._result_heads(c)
+        offer, written = (c, share) if p.projects_out else (0, self.placement.shares[self.rank])
+        if ("exchange_out", offer) not in self.hops:
+            results = self._new_results(c)
             nothing = Message(*[(0,) * p.ranks] * 3)  # nobody sends blocks: rows are written where they belong
-            with self.group.step("exchange_out"):
+            with self._step("exchange_out", offer):
                 hop = self.group.exchange.open([nothing] * 2, results, [None] * 2)
-            written = self.placement.shares[self.rank].q_heads / p.heads
-            self.hops["exchange_out", 0] = self._watched("exchange_out", 0, hop, hop.peers, written)
-        peers = self.hops["exchange_out", 0].peers
+            part = written.q_heads / len(heads)
+            self.hops["exchange_out", offer] = self._watched("exchange_out", offer, hop, hop.peers, part)
+        peers = self.hops["exchange_out", offer].peers
         assert peers is not None
-        heads = slice(share.q_start, share.q_stop)
+        first = heads.index(share.q_start)
+        mine = slice(first, first + share.q_heads)
         return [
             Span(
                 start,
                 (
-                    o.view(p.batch, n, p.heads, p.value_dim).transpose(0, 1)[:, :, heads],
-                    lse.view(p.batch, n, p.heads).transpose(0, 1)[:, :, heads] if p.return_lse else None,
+                    o.view(p.batch, n, len(heads), p.value_dim).transpose(0, 1)[:, :, mine],
+                    lse.view(p.batch, n, len(heads)).transpose(0, 1)[:, :, mine] if p.return_lse else None,
                 ),
             )
             for start, n, o, lse in zip(layout.starts(p.lens), p.lens, *peers, strict=True)
         ]
 
-    def _new_results(self) -> list[Tensor]:
-        p = self.problem
-        shape = (p.batch, p.lens[self.rank], p.heads, p.value_dim)
-        self.out = self.group.pool.take(shape, self.dtype, self.device)
-        self.user_lse = self.group.pool.take(shape[:3] if p.return_lse else (0,), self.stat_dtype, self.device)
-        return [self.out, self.user_lse]
+    def _result_heads(self, c: int) -> Sequence[int]:
+        """The model's heads in the result of a chunk: its own where they are projected, else those of all chunks."""
+        return self.chunks[c].heads.q if self.problem.projects_out else range(self.problem.heads)
 
-    def _unpack(self) -> None:
+    def _new_results(self, c: int) -> list[Tensor]:
+        """O of this rank's tokens and their LSE, or empty."""
         p = self.problem
-        out, lse = self._new_results()
+        shape = (p.batch, p.lens[self.rank], len(self._result_heads(c)), p.value_dim)
+        out = self._kept_result(c) if p.projects_out and p.grad else self._new(*shape)
+        lse = self._new(*shape[:3] if p.return_lse else (0,), dtype=self.stat_dtype)
+        if p.projects_out:
+            self.results[c] = out, lse
+        else:
+            self.out, self.user_lse = out, lse
+        return [out, lse]
+
+    def _unpack(self, c: int) -> None:
+        p = self.problem
+        out, lse = self._new_results(c)
         rows = [
             row
-            for c, chunk in enumerate(self.chunks)
-            for row in layout.o_rows(p, self.rank, chunk, chunk.out[0], self._arrived("exchange_out", c, chunk.out)[0])
+            for b in ([c] if p.projects_out else range(len(self.chunks)))
+            for row in self._o_rows(b, self.chunks[b].out, self._arrived("exchange_out", b, self.chunks[b].out)[0])
         ]
         self.local.unpack(rows, out, lse if p.return_lse else None)
+
+    def _o_rows(self, c: int, sections: Sequence[Section], blocks: Sequence[Tensor]) -> list[ORows]:
+        chunk, heads = self.chunks[c], self._result_heads(c)
+        return list(layout.o_rows(self.problem, self.rank, chunk, sections[0], blocks, heads))
+
+    # -- projections
+
+    def _project(self, c: int) -> None:
+        heads = self.chunks[c].heads
+        self.projected[c] = projection.qkv(self.problem, self.around, heads, self._new), heads
+
+    def _project_raw(self) -> None:
+        """As they come ahead of QK-norm, q and k of all heads; and v where they are exchanged again."""
+        p = self.problem
+        heads = Heads(tuple(range(p.heads)), tuple(range(p.kv_heads)))
+        self.whole = projection.qkv(p, self.around, heads, self._new, values=p.recompute)
+
+    def _project_out(self, c: int) -> None:
+        p, heads, shape = self.problem, self.chunks[c].heads.q, (self.problem.batch, self.problem.lens[self.rank])
+        o, lse = self.results.pop(c)
+        if c == 0:
+            assert p.out_features is not None
+            self.out = self._new(*shape, p.out_features)
+            self.user_lse = self._new(*(*shape, p.heads) if p.return_lse else (0,), dtype=self.stat_dtype)
+        assert self.out is not None
+        projection.fold(self.out, o, self.around, heads, first=c == 0)
+        if p.return_lse:
+            projection.put(self.user_lse, lse, projection.channels(heads))
+
+    def _project_out_grad(self, c: int) -> None:
+        heads = self.chunks[c].heads.q
+        do = projection.output_grad(self.dout, self.around, heads, self._new(*self._kept_result(c).shape))
+        self.do = do, None if self.dlse is None else projection.picked(self.dlse, projection.channels(heads))
+
+    def _project_out_weight_grad(self) -> None:
+        outputs = [(self._kept_result(c), chunk.heads.q) for c, chunk in enumerate(self.chunks)]
+        projection.out_weight_grads(self.dout, outputs, self.grads.projection)
+
+    def _project_grad(self) -> None:
+        projection.input_grads(self.dqkv, self.around, self.grads.projection)
+
+    def _kept_result(self, c: int) -> Tensor:
+        """O of a chunk's heads, as forward kept it."""
+        p = self.problem
+        kept = self.saved[self.space.results[c]].view(self.dtype)
+        return kept.view(p.batch, p.lens[self.rank], len(self.chunks[c].heads.q), p.value_dim)
+
+    def with_own_qkv(self, grads: Inputs) -> Inputs:
+        """`grads` with a place of their own for those of q, k and v."""
+        p = self.problem
+        self.dqkv = self._new(p.batch, p.lens[self.rank], (p.heads + 2 * p.kv_heads) * p.head_dim)
+        return Inputs(*split_qkv(self.dqkv, p.heads, p.kv_heads), None, projection=grads.projection)
 
     # -- backward
 
@@ -258,8 +355,11 @@ class _Run:
         sections = self.chunks[c].grad_out
         message = self._messages(inbound, sections)[0]
         hop = self._open("exchange_grad_in", c, inbound, sections, [self._take(sum(message.receive))])
-        rows = list(layout.o_rows(self.problem, self.rank, self.chunks[c], sections[0], hop.blocks[0]))
-        self.local.pack_grad(self.dout, self.out if self.problem.sends_delta else None, self.dlse, rows)
+        dout, dlse, out = self.dout, self.dlse, self.out
+        if self.problem.projects_out:
+            (dout, dlse), out = self.do, self._kept_result(c)
+        rows = self._o_rows(c, sections, hop.blocks[0])
+        self.local.pack_grad(dout, out if self.problem.sends_delta else None, dlse, rows)
 
     def _attend_backward(self, c: int) -> None:
         p, chunk, rank = self.problem, self.chunks[c], self.rank
@@ -291,7 +391,7 @@ class _Run:
     def _new_sums(self, kv_heads: int) -> tuple[Tensor, Tensor]:
         p = self.problem
         shape = (kv_heads, p.batch, p.kv_seq)
-        dk, dv = (self.group.pool.take((*shape, n), self.stat_dtype, self.device) for n in (p.head_dim, p.value_dim))
+        dk, dv = (self._new(*shape, n, dtype=self.stat_dtype) for n in (p.head_dim, p.value_dim))
         return dk, dv
 
     def _unpack_grad(self) -> None:
@@ -307,8 +407,8 @@ class _Run:
             [
                 rows for of_rank in zip(*by_chunk, strict=True) for rows in of_rank
             ],  # shares of a sum in the ranks' order
-            self.inputs.q if normed else None,
-            self.inputs.k if normed else None,
+            self.whole[0] if normed else None,
+            self.whole[1] if normed else None,
             *self.grads[:3],
             transform,
         )
@@ -380,7 +480,10 @@ class _Run:
     # -- a rank's heads
 
     def _take(self, elements: int) -> Tensor:
-        return self.group.pool.take((elements,), self.dtype, self.device)
+        return self._new(elements)
+
+    def _new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.group.pool.take(shape, dtype or self.dtype, self.device)
 
     def per_head(self, given: Tensor | None, start: int, stop: int) -> Tensor | None:
         """A copy of some heads of what is given for all, in the precision of the statistics."""

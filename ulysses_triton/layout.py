@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .kernels._views import ORows, QKVRows, Span
 from .local import choose
-from .placement import Chunk, Field, Row, Section, place, round_up
+from .placement import Chunk, Field, Heads, Row, Section, place, round_up
 from .spec import Problem
 
 _ALIGN = 64  # bytes between the regions of a workspace
@@ -25,6 +25,7 @@ class Workspace(NamedTuple):
     sections: tuple[tuple[slice, ...], ...]  # of every chunk
     lse: slice  # of all chunks
     outputs: tuple[slice, ...]  # of every chunk
+    results: tuple[slice, ...]  # of every chunk: O of its heads on all ranks, where the output is projected
     size: int
 
 
@@ -50,7 +51,12 @@ def workspace(problem: Problem, rank: int) -> Workspace:
     outputs = tuple(
         region(problem.seq * chunk.out[0].rows[rank].width * row * local.keeps_output) for chunk in placement.chunks
     )
-    return Workspace(sections, lse, outputs, stop)
+    tokens = problem.lens[rank] * problem.value_dim
+    results = tuple(
+        region(tokens * sum(share.q_heads for share in chunk.shares) * row * problem.projects_out)
+        for chunk in placement.chunks
+    )
+    return Workspace(sections, lse, outputs, results, stop)
 
 
 def stat_dtype(problem: Problem) -> torch.dtype:
@@ -105,9 +111,17 @@ def o_of_rows(problem: Problem, rank: int, rows: Tensor) -> Tensor:
 
 
 def qkv_rows(
-    problem: Problem, rank: int, chunk: Chunk, sections: Sequence[Section], blocks: Sequence[Sequence[Tensor]]
+    problem: Problem,
+    rank: int,
+    chunk: Chunk,
+    sections: Sequence[Section],
+    blocks: Sequence[Sequence[Tensor]],
+    heads: Heads | None = None,
 ) -> Iterator[QKVRows]:
-    """Every rank's block of my tokens in each section, as q, k and v (or their gradients)."""
+    """Every rank's block of my tokens in each section, as q, k and v (or their gradients).
+
+    Heads are numbered as in the model, or as in `heads` where only these lie on the other side.
+    """
     for owner, share in enumerate(chunk.shares):
         views: dict[str, Tensor] = {}
         for of_ranks, section in zip(blocks, sections, strict=True):
@@ -117,16 +131,19 @@ def qkv_rows(
             views[name] if name in views else views["q"].new_empty((*shape, dim))
             for name, dim in (("k", problem.head_dim), ("v", problem.value_dim))
         )
-        yield QKVRows(views["q"], k, v, share.q_start, share.kv_start)
+        q_head, kv_head = share.q_start, share.kv_start
+        if heads is not None:
+            q_head, kv_head = heads.q.index(q_head), heads.kv.index(kv_head) if k.size(2) else 0
+        yield QKVRows(views["q"], k, v, q_head, kv_head)
 
 
 def o_rows(
-    problem: Problem, rank: int, chunk: Chunk, section: Section, blocks: Sequence[Tensor]
+    problem: Problem, rank: int, chunk: Chunk, section: Section, blocks: Sequence[Tensor], heads: Sequence[int]
 ) -> Iterator[ORows]:  # fmt: skip
-    """Every rank's block of my tokens, as O (or its gradient) and LSE (or delta)."""
+    """Every rank's block of my tokens, as O (or its gradient) and LSE (or delta), numbered as they lie in `heads`."""
     for owner, share in enumerate(chunk.shares):
         views = fields(problem, section.rows[owner], blocks[owner], section.lens[rank])
-        yield ORows(views["o"], views.get("stat"), share.q_start)
+        yield ORows(views["o"], views.get("stat"), heads.index(share.q_start))
 
 
 def spans(

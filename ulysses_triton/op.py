@@ -14,22 +14,29 @@ import torch
 from torch import Tensor
 
 from . import executor
-from .call import SCHEMA, Call, agreed, describe, split_qkv
+from .call import SCHEMA, Call, agreed, describe
 from .errors import UlyssesError
 from .executor import Inputs, SmallGrads
 from .group import by_name
 from .local import choose
+from .projection import Projection, split_qkv
 
 ABI = 1
 
 QKV: TypeAlias = tuple[Tensor, Tensor, Tensor]
+_GRADS = ("q", "k", "v", "q_norm", "k_norm", "sinks", "slopes", "weight", "bias", "out_weight", "out_bias")
+# Of these, what costs work of its own and is made only where it is asked for; of q only where it is x.
+ASKED = ("slopes", "q", "weight", "bias", "out_weight", "out_bias")
 
 
 @torch.library.custom_op(
     "ulysses_triton::attention", mutates_args=(), schema=f"({SCHEMA}) -> (Tensor out, Tensor lse, Tensor workspace)"
 )
 def attention(*arguments: Any) -> QKV:
-    """A `Call` -> (out [B, L, Hq, Dv], lse [B, L, Hq] or [0], workspace bytes that backward needs or [0])."""
+    """A `Call` -> (out [B, L, Hq, Dv], lse [B, L, Hq] or [0], workspace bytes that backward needs or [0]).
+
+    With an output projection out is [B, L, E2].
+    """
     group, problem, inputs = agreed("attention", Call(*arguments))
     with group.call():
         return executor.forward(problem, group, inputs)
@@ -42,8 +49,9 @@ def _(*arguments: Any) -> QKV:
     problem, (q, *_) = describe(group, call)
     stat = torch.float64 if q.dtype == torch.float64 else torch.float32
     shape = (problem.batch, problem.lens[group.rank], problem.heads)
+    ends = (problem.heads, problem.value_dim) if problem.out_features is None else (problem.out_features,)
     return (
-        q.new_empty((*shape, problem.value_dim)),
+        q.new_empty((*shape[:2], *ends)),
         q.new_empty(shape if call.return_lse else (0,), dtype=stat),
         q.new_empty((executor.workspace(problem, group.rank).size,), dtype=torch.uint8),
     )
@@ -53,8 +61,9 @@ def _(*arguments: Any) -> QKV:
     "ulysses_triton::attention_backward",
     mutates_args=(),
     schema=f"(Tensor dout, Tensor? dlse, Tensor? out, Tensor workspace, bool fused, SymInt head_dim, SymInt kv_tokens, "
-    f"bool of_slopes, {SCHEMA}) -> "
-    "(Tensor dq, Tensor dk, Tensor dv, Tensor dq_norm, Tensor dk_norm, Tensor dsinks, Tensor dslopes)",
+    f"bool[] asked, {SCHEMA}) -> "
+    "(Tensor dq, Tensor dk, Tensor dv, Tensor dq_norm, Tensor dk_norm, Tensor dsinks, Tensor dslopes, "
+    "Tensor dweight, Tensor dbias, Tensor dout_weight, Tensor dout_bias)",
 )
 def attention_backward(
     dout: Tensor,
@@ -64,17 +73,18 @@ def attention_backward(
     fused: bool,
     head_dim: int,
     kv_tokens: int,
-    of_slopes: bool,
+    asked: list[bool],
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    """-> (dq, dk, dv, dq_norm, dk_norm, dsinks, dslopes).
+    """-> (dq, dk, dv, dq_norm, dk_norm, dsinks, dslopes, dweight, dbias, dout_weight, dout_bias).
 
-    The gradient of a fused qkv is dq, that of slopes is made if `of_slopes`, and what has no gradient is empty.
+    The gradient of a fused qkv, or of x, is dq; those of ASKED are made where `asked`, and what has none is empty.
     """
-    call = Call(*arguments)
+    call, wanted = Call(*arguments), dict(zip(ASKED, asked, strict=True))
     own = by_name(call.group)
     try:
-        grads, views = like_inputs(dout, fused, call.kv_heads, head_dim, kv_tokens, own.pool.take)
+        around = around_grads(call, wanted, own.pool.take)
+        grads, views = input_grads(dout, call, around, fused, head_dim, kv_tokens, own.pool.take)
     except UlyssesError as error:  # no memory for them
         own.refuse(error)
         raise
@@ -82,19 +92,21 @@ def attention_backward(
         call = call._replace(q=grads[0]) if fused else call._replace(q=views[0], k=views[1], v=views[2])
     group, problem, inputs = agreed("attention backward", call)
     with group.call():
-        small = executor.backward(problem, group, inputs, Inputs(*views, None), workspace, out, dout, dlse, of_slopes)
-    return (*grads, *small_grads(dout, small, _whole(call)))
+        into = Inputs(*views, None, projection=around)
+        small = executor.backward(problem, group, inputs, into, workspace, out, dout, dlse, wanted["slopes"])
+    return (*grads, *small_grads(dout, small, _whole(call)), *_or_empty(dout, around[1:]))
 
 
 @attention_backward.register_fake
 def _(
-    dout: Tensor, dlse: Any, out: Any, workspace: Any, fused: bool, head_dim: int, kv_tokens: int, of_slopes: bool,
+    dout: Tensor, dlse: Any, out: Any, workspace: Any, fused: bool, head_dim: int, kv_tokens: int, asked: list[bool],
     *arguments: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    call = Call(*arguments)
-    grads, _ = like_inputs(dout, fused, call.kv_heads, head_dim, kv_tokens, torch.empty)
-    made = _whole(call if of_slopes else call._replace(slopes=None))
-    return (*grads, *small_grads(dout, made, _whole(call)))
+    call, wanted = Call(*arguments), dict(zip(ASKED, asked, strict=True))
+    around = around_grads(call, wanted, torch.empty)
+    grads, _ = input_grads(dout, call, around, fused, head_dim, kv_tokens, torch.empty)
+    made = _whole(call if wanted["slopes"] else call._replace(slopes=None))
+    return (*grads, *small_grads(dout, made, _whole(call)), *_or_empty(dout, around[1:]))
 
 
 def _whole(call: Call) -> SmallGrads:
@@ -108,6 +120,39 @@ def small_grads(like: Tensor, grads: Sequence[Tensor | None], given: Sequence[Te
         like.new_empty(0) if grad is None or whole is None else grad.to(whole.dtype, copy=grad is whole)
         for grad, whole in zip(grads, given, strict=True)
     )
+
+
+def _or_empty(like: Tensor, grads: Sequence[Tensor | None]) -> list[Tensor]:
+    return [like.new_empty(0) if grad is None else grad for grad in grads]
+
+
+def around_grads(call: Call, wanted: dict[str, bool], empty: Callable[..., Tensor]) -> Projection:
+    """New tensors for the gradients of x and the projections that are wanted.
+
+    Those of parameters stay with the model, so they are not of the group's pool, which `empty` takes from.
+    """
+    asked = {n: t for n, t in call.projection._asdict().items() if t is not None and wanted["q" if n == "x" else n]}
+    makers = {name: empty if name == "x" else torch.empty for name in asked}
+    return Projection(**{n: makers[n](tuple(t.shape), dtype=t.dtype, device=t.device) for n, t in asked.items()})
+
+
+def input_grads(
+    dout: Tensor,
+    call: Call,
+    around: Projection,
+    fused: bool,
+    head_dim: int,
+    kv_tokens: int,
+    empty: Callable[..., Tensor],
+) -> tuple[QKV, QKV]:
+    """As `like_inputs`, from what the backward op is given; that of x in place of a fused qkv where it is projected."""
+    if call.out_weight is not None:
+        dout = dout.new_empty(1).expand(*dout.shape[:2], call.heads, head_dim)
+    if call.weight is None:
+        return like_inputs(dout, fused, call.kv_heads, head_dim, kv_tokens, empty)
+    nothing = dout.new_empty(0)
+    dx = dout.new_empty(0) if around.x is None else around.x
+    return (dx, dout.new_empty(0), dout.new_empty(0)), (nothing, nothing, nothing)
 
 
 def like_inputs(
@@ -142,9 +187,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: QKV) -> None:
     ctx.numbers = call._replace(kv_heads=problem.kv_heads, attention=problem.attention).numbers
     ctx.shape = (call.fused, problem.head_dim, parts.k.size(1))
     ctx.out = (out.shape, out.dtype, out.device)
-    raw = call.recompute or problem.q_norm or problem.k_norm
+    raw = call.recompute or problem.needs_raw or problem.projects
     ctx.save_for_backward(
-        None if choose(problem).keeps_output else out,
+        None if choose(problem).keeps_output or problem.projects_out else out,
         workspace,
         *(call.tensors if raw else (None, None, None, *call.tensors[3:])),
     )
@@ -152,17 +197,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: QKV) -> None:
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Any, ...]:
     out, workspace, *tensors = ctx.saved_tensors
-    of_slopes = bool(ctx.needs_input_grad[Call._fields.index("slopes")])
+    asked = [bool(ctx.needs_input_grad[Call._fields.index(name)]) for name in ASKED]
     if dout is None:
         shape, dtype, device = ctx.out
         dout = torch.zeros(shape, dtype=dtype, device=device)
     call = Call.of(tensors, ctx.numbers)
     dlse = dlse if call.return_lse else None
-    grads = attention_backward(dout, dlse, out, workspace, *ctx.shape, of_slopes, *call)
-    found = dict(zip(("q", "k", "v", "q_norm", "k_norm", "sinks", "slopes"), grads, strict=True))
+    grads = attention_backward(dout, dlse, out, workspace, *ctx.shape, asked, *call)
+    found = dict(zip(_GRADS, grads, strict=True))
     fused = ctx.shape[0]
-    absent = {"k": fused, "v": fused, "slopes": not of_slopes}
-    return grads_of(call, {n: g for n, g in found.items() if not absent.get(n, getattr(call, n) is None and n != "q")})
+    absent = {name: not wanted for name, wanted in zip(ASKED, asked, strict=True)} | {"k": fused, "v": fused}
+    if call.weight is None:
+        absent["q"] = False
+    return grads_of(call, {n: g for n, g in found.items() if not absent.get(n, getattr(call, n) is None)})
 
 
 def grads_of(call: Call, found: dict[str, Tensor]) -> tuple[Any, ...]:

@@ -81,6 +81,13 @@ class Section(NamedTuple):
     rows: tuple[Row, ...]
 
 
+class Heads(NamedTuple):
+    """Numbers of the model's heads, in the order in which they lie side by side."""
+
+    q: tuple[int, ...]
+    kv: tuple[int, ...]
+
+
 class Message(NamedTuple):
     """What one rank sends and receives for a section, in elements, and where its block lands at each peer."""
 
@@ -95,6 +102,7 @@ class Chunk(NamedTuple):
     A section that no rank has heads for is left out: k and v of other tokens than q, where an earlier chunk has them.
     """
 
+    number: int
     shares: tuple[Share, ...]
     holders: tuple[int, ...]  # of every rank: the chunk whose rows hold k and v of its kv heads, at most this one
     senders: tuple[int, ...]  # and the one that their gradients leave with, at least this one
@@ -102,6 +110,15 @@ class Chunk(NamedTuple):
     out: tuple[Section, ...]
     grad_out: tuple[Section, ...]
     grad_qkv: tuple[Section, ...]
+
+    @property
+    def heads(self) -> Heads:
+        """Those that all ranks' rows hold on the way in, in the ranks' order, each once."""
+        holding = [share for share, holder in zip(self.shares, self.holders, strict=True) if holder == self.number]
+        return Heads(
+            tuple(h for share in self.shares for h in range(share.q_start, share.q_stop)),
+            tuple(sorted({h for share in holding for h in range(share.kv_start, share.kv_stop)})),
+        )
 
 
 @dataclass(frozen=True)
@@ -221,6 +238,7 @@ def _chunk(problem: Problem, number: int, parts: Sequence[_Part], shared: bool) 
         )
 
     return Chunk(
+        number=number,
         shares=shares,
         holders=first,
         senders=last,

@@ -7,12 +7,20 @@ its place in the order until a step that waits for it: with C chunks, rows of on
 With C = 3:
 
     pack 0, in 0 | pack 1, in 1, attend 0, out 0 | pack 2, in 2, attend 1, out 1 | attend 2, out 2 | unpack
+
+Where the layer projects, a chunk is projected ahead of its pack, while rows of the one before travel, and its output is
+projected (collective: unpacked and projected) once the next chunk's is under way. With C = 2:
+
+    project 0, pack 0, in 0 | project 1, pack 1, in 1, attend 0, out 0
+    | attend 1, out 1, unpack 0, project_out 0 | unpack 1, project_out 1
 """
 
 from __future__ import annotations
 
 from functools import cache
 from typing import NamedTuple, TypeAlias
+
+from .spec import Problem
 
 Which: TypeAlias = tuple[str, int]  # a step, by its name and chunk
 
@@ -38,40 +46,87 @@ def _then(first: str, second: str, chunk: int = 0) -> tuple[Step, Step]:
     return Step(first, "compute", chunk), Step(second, "exchange", chunk, ((first, chunk),))
 
 
+def of(problem: Problem, one_sided: bool) -> tuple[Step, ...]:
+    """The steps of a problem's layer."""
+    return forward(one_sided, problem.chunks, problem.projects, problem.projects_out)
+
+
+def of_backward(problem: Problem) -> tuple[Step, ...]:
+    """The steps of its backward."""
+    p = problem
+    return backward(p.recompute, p.chunks, p.projects, p.projects_out, p.needs_raw)
+
+
 @cache
-def forward(one_sided: bool, chunks: int = 1) -> tuple[Step, ...]:
+def forward(
+    one_sided: bool, chunks: int = 1, project: bool = False, project_out: bool = False
+) -> tuple[Step, ...]:  # fmt: skip
     """pack, exchange in, attend, exchange out, unpack.
 
-    One-sided without unpack, as attend wrote the result, and with one exchange out, which tells that all is written.
+    One-sided without unpack, as attend wrote the result, and with one exchange out, which tells that all is written;
+    where the output is projected, one for each chunk.
     """
-    steps = list(_then("pack", "exchange_in"))
+
+    def inward(c: int) -> tuple[Step, ...]:
+        first = (Step("project", "compute", c),) if project else ()
+        return (*first, *_then("pack", "exchange_in", c))
+
+    def outward(c: int) -> tuple[Step, ...]:
+        reader = "project_out" if one_sided else "unpack"
+        steps = (Step(reader, "compute", c, (("exchange_out", c),)),)
+        return steps if one_sided else (*steps, Step("project_out", "compute", c))
+
+    steps = list(inward(0))
     for c in range(chunks):
         if c + 1 < chunks:
-            steps += _then("pack", "exchange_in", c + 1)
+            steps += inward(c + 1)
         steps.append(Step("attend", "compute", c, (("exchange_in", c),)))
-        if not one_sided:
+        if project_out or not one_sided:
             steps.append(Step("exchange_out", "exchange", c, (("attend", c),)))
+        if project_out and c > 0:
+            steps += outward(c - 1)
+    if project_out:
+        return (*steps, *outward(chunks - 1))
     if one_sided:
         return (*steps, Step("exchange_out", "exchange", 0, _all("attend", chunks)))
     return (*steps, Step("unpack", "compute", 0, _all("exchange_out", chunks)))
 
 
 @cache
-def backward(recompute: bool, chunks: int = 1) -> tuple[Step, ...]:
-    """The mirror of forward; with `recompute` the received rows are exchanged again first."""
+def backward(
+    recompute: bool, chunks: int = 1, project: bool = False, project_out: bool = False, raw: bool = False
+) -> tuple[Step, ...]:  # fmt: skip
+    """The mirror of forward; with `recompute` the received rows are exchanged again first.
+
+    The gradient of the output projection's weight is made under the first exchange. What `raw` needs, q and k as they
+    were projected, is made under the last one, or first where it is exchanged again.
+    """
+    raw = raw and project
+    again = (Step("project_raw", "compute"),) if raw else ()
 
     def inward(c: int) -> tuple[Step, ...]:
-        again = _then("pack", "exchange_in", c) if recompute else ()
-        return (*again, *_then("pack_grad", "exchange_grad_in", c))
+        steps: tuple[Step, ...] = ()
+        if recompute and project and not raw:
+            steps += (Step("project", "compute", c),)
+        if recompute:
+            steps += _then("pack", "exchange_in", c)
+        if project_out:
+            steps += (Step("project_out_grad", "compute", c),)
+        return (*steps, *_then("pack_grad", "exchange_grad_in", c))
 
-    steps = list(inward(0))
+    steps = [*(again if recompute else ()), *inward(0)]
+    if project_out:
+        steps.append(Step("project_out_weight_grad", "compute"))
     for c in range(chunks):
         if c + 1 < chunks:
             steps += inward(c + 1)
         received = (("exchange_grad_in", c), ("exchange_in", c))[: 1 + recompute]
         steps.append(Step("attend_backward", "compute", c, received))
         steps.append(Step("exchange_grad_out", "exchange", c, (("attend_backward", c),)))
-    return (*steps, Step("unpack_grad", "compute", 0, _all("exchange_grad_out", chunks)))
+    if not recompute:
+        steps += again
+    steps.append(Step("unpack_grad", "compute", 0, _all("exchange_grad_out", chunks)))
+    return (*steps, Step("project_grad", "compute")) if project else tuple(steps)
 
 
 def _all(name: str, chunks: int) -> tuple[Which, ...]:

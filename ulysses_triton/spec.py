@@ -51,6 +51,10 @@ class Problem:
     recompute: bool = False
     return_lse: bool = False
     grad: bool = False
+    features: int | None = None  # channels of x, where it is projected to q, k and v
+    bias: bool = False  # of that projection
+    out_features: int | None = None  # channels of the output, where it is projected
+    out_bias: bool = False
     chunks: int = 1  # that a rank's heads go in, at most its query heads
     tuning: str = ""  # of the launch configurations in force, where kernels attend: the rank's own
 
@@ -89,13 +93,29 @@ class Problem:
     @property
     def concrete(self) -> bool:
         """Whether all sizes are numbers; in a graph traced with dynamic shapes they are symbols, which do not hash."""
-        sizes = (self.batch, self.heads, self.kv_heads, self.head_dim, self.value_dim)
+        sizes: tuple[int, ...] = (self.batch, self.heads, self.kv_heads, self.head_dim, self.value_dim)
+        sizes += tuple(n for n in (self.features, self.out_features) if n is not None)
         return all(isinstance(n, int) for n in (*self.lens, *self.kv_lens, *(self.window or ()), *sizes))
 
     @property
     def sends_delta(self) -> bool:
         """Whether delta travels with dO; PyTorch's kernel makes its own from O, and so may a user's callable."""
         return self.attention not in ("aten", "callable")
+
+    @property
+    def projects(self) -> bool:
+        """Whether q, k and v are projected from x in the layer."""
+        return self.features is not None
+
+    @property
+    def projects_out(self) -> bool:
+        """Whether the output is projected in the layer."""
+        return self.out_features is not None
+
+    @property
+    def needs_raw(self) -> bool:
+        """Whether backward reads q and k as they were ahead of QK-norm."""
+        return self.q_norm or self.k_norm
 
     @cached_property
     def signature(self) -> str:

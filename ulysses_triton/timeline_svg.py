@@ -9,7 +9,13 @@ from xml.sax.saxutils import escape
 
 from .timeline import STREAMS, Event, Timeline, rows
 
-KINDS = {"pack": "#4e79a7", "attend": "#59a14f", "unpack": "#9c755f", "exchange": "#f28e2b"}  # a step's name begins so
+KINDS = {
+    "project": "#b07aa1",
+    "pack": "#4e79a7",
+    "attend": "#59a14f",
+    "unpack": "#9c755f",
+    "exchange": "#f28e2b",
+}  # a step's name begins so
 EXPOSED = "#e15759"
 _LEFT, _WIDTH, _ROW, _GAP = 130, 900, 16, 5  # pixels: labels, the time axis, a row of bars, between ranks
 _TICKS = 6
