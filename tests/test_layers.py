@@ -55,7 +55,19 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "exchange.virtual",
         "exchange.watchdog",
     ),
-    "engine": ("call", "executor", "group", "halves", "layout", "local", "memo", "op", "tracing"),
+    "engine": (
+        "agreement",
+        "call",
+        "carriers",
+        "executor",
+        "group",
+        "halves",
+        "layout",
+        "local",
+        "memo",
+        "op",
+        "tracing",
+    ),
     "face": (
         "",  # __init__
         "__main__",

@@ -113,7 +113,7 @@ def test_a_rank_that_does_not_make_the_group_is_named(pool):
 
 
 def test_an_unknown_exchange():
-    with pytest.raises(OptionError, match='"auto", "shm" or "torch"'):
+    with pytest.raises(OptionError, match="one of 'auto', 'shm', 'nccl'"):
         UlyssesGroup(exchange="mpi")
 
 
