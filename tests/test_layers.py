@@ -54,6 +54,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "exchange.unix_socket",
         "exchange.virtual",
         "exchange.watchdog",
+        "exchange.within",
     ),
     "engine": (
         "agreement",

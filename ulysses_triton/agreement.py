@@ -49,9 +49,9 @@ class AgreeingRanks:
         """
         self._settle()
         self._require_usable()
-        words = self.control.hear(0.0)
-        if words:
-            raise self._fail(RuntimeError("a peer failed"))
+        gone = sorted(self.control.gone())
+        if gone or self.control.hear(0.0):
+            raise self._fail(RuntimeError(f"ranks {gone} are gone" if gone else "a peer failed"))
 
     def agree(self, what: str, signature: str, seed: int | None = None, *, device: str | None = None) -> int:
         """Before a call moves anything: that every rank makes the same one. Returns rank 0's `seed`, 0 for None.
@@ -133,6 +133,7 @@ class AgreeingRanks:
                 return int(seeds[0])
             if texts is None:
                 texts = [_unpadded(blob) for blob in self._begin_gather(_padded(text))()]
+        here = f"group {self.name!r}, {self._doing}, agreement"
         self._calls = max(calls)  # ranks that skipped a call are level again
         if self._agreed.intersection(hashes):  # of ranks that did not wait, and have begun to exchange
             self._end(f"{self._doing}: the ranks made different calls")
@@ -142,9 +143,9 @@ class AgreeingRanks:
         if any(refusals):
             rank = refusals.index(True)
             name, _, message = texts[rank].partition("\n")
-            raise getattr(errors, name, ShapeError)(f"rank {rank} refused this call: {message}")
+            raise getattr(errors, name, ShapeError)(f"{here}: rank {rank} refused this call: {message}")
         numbers = "" if len(set(calls)) == 1 else f"; their call numbers are {list(calls)}: did a rank skip a call?"
-        raise ShapeError(f"the ranks make different calls: {spec.differences(texts)}{numbers}")
+        raise ShapeError(f"{here}: the ranks make different calls: {spec.differences(texts)}{numbers}")
 
     def _record(self, text: str, seed: int = 0, refused: UlyssesError | None = None) -> bytes:
         return _RECORD.pack(self._calls, refused is not None, seed, _digest(text))
@@ -161,7 +162,9 @@ class AgreeingRanks:
         """Compare the latest call, if that is still to be done."""
         if self._later is not None:
             (text, later), self._later = self._later, None
+            doing, self._doing = self._doing, "call {} ({})".format(*self.latest)
             self._compare(text, later=later)
+            self._doing = doing
 
     def _failure(self) -> str | None:
         """What the exchange found by itself."""
@@ -188,12 +191,14 @@ class AgreeingRanks:
     def _fail(self, error: RuntimeError) -> ExchangeError:
         """End the group: leave a last word, read the peers', and say who is where."""
         own = f"{self._doing}: {str(error).splitlines()[0]}"
+        closed = self.control.closed()
         self._end(own)
         words = self.control.hear(_WORDS_SECONDS)
         words.pop(self.rank, None)
-        silent = sorted(set(range(self.size)) - set(words) - {self.rank})
-        parts = [f"rank {self.rank} in {own}"]
+        silent = sorted(set(range(self.size)) - set(words) - closed - {self.rank})
+        parts = [f"group {self.name!r}: rank {self.rank} in {own}"]
         parts += [f"rank {rank} in {word}" for rank, word in sorted(words.items())]
+        parts += [f"rank {rank} has closed the group" for rank in sorted(closed - set(words))]
         if silent:
             parts.append(f"no word from ranks {silent}: died, stopped, or elsewhere")
         return ExchangeError("; ".join(parts))

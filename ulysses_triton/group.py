@@ -32,7 +32,7 @@ from .placement import Placement
 if TYPE_CHECKING:
     from .tracing import Trace
 
-DEFAULT_TIMEOUT = timedelta(minutes=10)
+DEFAULT_TIMEOUT = timedelta(minutes=5)
 EXCHANGES = ("auto", "shm", "nccl", "torch")
 
 Groupish: TypeAlias = "UlyssesGroup | dist.ProcessGroup | DeviceMesh | None"
@@ -256,7 +256,7 @@ def run_virtual(
         try:
             with (
                 torch.autograd.set_multithreading_enabled(False),
-                UlyssesGroup(world.member(rank), chunks=chunks) as group,
+                UlyssesGroup(world.member(rank), chunks=chunks, timeout=timedelta(seconds=timeout)) as group,
             ):
                 results[rank] = function(group)
         except BaseException as error:
