@@ -56,8 +56,22 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "exchange.unix_socket",
         "exchange.virtual",
         "exchange.watchdog",
+        "exchange.within",
     ),
-    "engine": ("call", "executor", "group", "halves", "layout", "local", "memo", "op", "projection", "tracing"),
+    "engine": (
+        "agreement",
+        "call",
+        "carriers",
+        "executor",
+        "group",
+        "halves",
+        "layout",
+        "local",
+        "memo",
+        "op",
+        "projection",
+        "tracing",
+    ),
     "face": (
         "",  # __init__
         "__main__",

@@ -23,8 +23,15 @@ from fake_nccl import FakeNccl, FakeStream, Mismatch, settled
 from layer import Case
 from test_exchange import LARGE, NOTHING, UNEVEN, message, several_hops
 
-from ulysses_triton import ExchangeError, GroupError, ShapeError, UlyssesGroup, run_virtual, ulysses_attention
-from ulysses_triton import group as group_module
+from ulysses_triton import (
+    ExchangeError,
+    GroupError,
+    ShapeError,
+    UlyssesGroup,
+    carriers,
+    run_virtual,
+    ulysses_attention,
+)
 from ulysses_triton.exchange import nccl_library
 from ulysses_triton.exchange.virtual import VirtualWorld
 from ulysses_triton.kernels import poison, reference
@@ -600,7 +607,7 @@ def choices(ctx):
     with UlyssesGroup(ctx.group) as group:
         plain = group.exchange.name, group.explain(), group.devices
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(group_module, "_devices", lambda group: frozenset({"cpu", "cuda"}))
+        patch.setattr(carriers, "devices_of", lambda group: frozenset({"cpu", "cuda"}))
         with UlyssesGroup(ctx.group) as group:
             without = group.exchange.name, group.explain()
         patch.setattr(nccl_library, "library", lambda: FakeNccl())

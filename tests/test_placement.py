@@ -110,7 +110,6 @@ def test_chunks_cover_a_rank_in_order_and_carry_each_kv_head_once(p):
 @given(problems(), st.integers(1, 9))
 def test_chunks_are_those_asked_for_as_far_as_every_rank_has_a_query_head(p, asked):
     assert chunk_count(p, asked) == min(asked, p.heads // p.ranks)
-    assert chunk_count(p, "auto") == 1
     assert chunk_count(replace(p, attention="callable"), asked) == 1
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import cost, halves, masks, op
 from .call import Call, describe
-from .errors import DeviceError, DtypeError, OptionError, ShapeError, UlyssesError
+from .errors import DeviceError, DtypeError, ExchangeError, OptionError, ShapeError, UlyssesError
 from .group import Groupish, UlyssesGroup, resolve
 from .packed import Offsets, kept_tables
 from .packed import check as check_packing
@@ -407,7 +407,8 @@ def _around(group: UlyssesGroup, attention: Callable[..., Tensor], call: Call, p
             got = f"{list(out.shape)} {out.dtype}" if isinstance(out, Tensor) else type(out).__name__
             raise ShapeError(f"the attention callable returned {got}; expected {list(expected)} {q.dtype}")
     except Exception as error:
-        group.refuse(error if isinstance(error, UlyssesError) else OptionError(f"the attention callable: {error}"))
+        told = f"the attention callable failed with {type(error).__name__}: {error}"
+        group.refuse(error if isinstance(error, UlyssesError) else ExchangeError(told))
         raise
     result = halves.exchange_out(
         out.transpose(0, 1),

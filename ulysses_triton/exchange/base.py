@@ -89,5 +89,11 @@ class Control(Protocol):
     def hear(self, seconds: float) -> dict[int, str]:
         """The last words of the ranks that left one, waiting for the others' at most so long."""
 
+    def closed(self) -> set[int]:
+        """The ranks that have closed their group, as far as is known."""
+
+    def gone(self) -> set[int]:
+        """The ranks that are known to have ended without a word."""
+
     def close(self) -> None:
         """Give everything back. Idempotent."""

@@ -34,6 +34,7 @@ from .base import Control, Exchange, Hop
 from .cuda import CudaStream
 from .pool import Pool
 from .watchdog import Watchdog
+from .within import within
 
 _TYPES = {torch.float16: 6, torch.float32: 7, torch.float64: 8, torch.bfloat16: 9}  # ncclDataType_t
 _RAW = 1  # of bytes, for every other dtype
@@ -180,14 +181,18 @@ class _Link:
         self._status[0] = 1  # before the streams go on
         self._watchdog.close()
         with suppress(RuntimeError):
-            _within(self._timeout, lambda: self._leave(self._communicator.abort), "abort")
+            within(self._timeout, lambda: self._leave(self._communicator.abort), "NCCL did not abort")
 
     def close(self) -> None:
         if self.failure() is None:
             self._watchdog.drain()
         if self.failure() is None:
             try:
-                _within(self._timeout, lambda: self._leave(self._communicator.destroy), "destroy its communicator")
+                within(
+                    self._timeout,
+                    lambda: self._leave(self._communicator.destroy),
+                    "NCCL did not destroy its communicator",
+                )
             except RuntimeError as error:
                 self._failure = f"{self._where()}: {error}: is a CUDA graph alive that captured it?"
         self._watchdog.close()
@@ -292,34 +297,10 @@ class NcclExchange:
             stream.bind()
             return self._nccl.NcclCommunicator(size, shared, rank)
 
-        return _within(self._timeout, connect, "connect")
+        return within(self._timeout, connect, "NCCL did not connect")
 
 
 def _counted(part: Tensor) -> tuple[int, int]:
     """How many of which NCCL data type."""
     kind = _TYPES.get(part.dtype)
     return (part.numel() * part.element_size(), _RAW) if kind is None else (part.numel(), kind)
-
-
-def _within(seconds: float, function: Callable[[], Any], what: str) -> Any:
-    """The result of what may wait for peers for ever; RuntimeError if it takes longer, and then it is left behind."""
-    result: list[Any] = []
-    failed: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            result.append(function())
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=work, name=f"ulysses-triton nccl {what}", daemon=True)
-    try:
-        thread.start()
-    except RuntimeError:  # Python 3.12 starts no threads at exit
-        return function()
-    thread.join(seconds)
-    if failed:
-        raise failed[0]
-    if not result:
-        raise RuntimeError(f"NCCL did not {what} within {seconds:g} s")
-    return result[0]

@@ -65,6 +65,12 @@ class Shm(LastWords):
         super().tell(text)
         self._mesh.close()  # whoever waits for this rank wakes up and reads its word
 
+    def closed(self) -> set[int]:
+        return {rank for rank, in_order in self._mesh.ended().items() if in_order}
+
+    def gone(self) -> set[int]:
+        return {rank for rank, in_order in self._mesh.ended().items() if not in_order}
+
     # -- transport
 
     def announce(self, buffers: Sequence[Tensor]) -> list[Sequence[Tensor]]:
@@ -125,7 +131,7 @@ class Shm(LastWords):
             self._epoch += 1
 
     def close(self) -> None:
-        self._mesh.close()
+        self._mesh.close(in_order=True)
         self._mapped.clear()
 
 

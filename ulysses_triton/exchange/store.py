@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch.distributed as dist
 
 from ..errors import ExchangeError
+from .within import within
+
+_STORE_SECONDS = 0.3  # in which a store answers
 
 
 def meeting_point(group: dist.ProcessGroup) -> dist.Store:
@@ -38,21 +41,27 @@ def share(store: dist.Store, what: str, group: dist.ProcessGroup, text: str, tim
 
 
 class LastWords:
-    """The half of a `Control` that works when all connections are broken."""
+    """The half of a `Control` that works when all connections are broken.
+
+    A store whose host is gone, or stopped and so silent, is not asked again.
+    """
 
     def __init__(self, store: dist.Store, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size
         self._store = store
+        self._silent = False
+        self._told = False
 
     def tell(self, text: str) -> None:
-        with suppress(RuntimeError):  # the store's host may be gone with the rank that died
-            self._store.set(f"word of {self.rank}", text)
+        self._told = True
+        self._ask(lambda: self._store.set(f"word of {self.rank}", text))
 
     def hear(self, seconds: float) -> dict[int, str]:
         words: dict[int, str] = {}
         deadline = time.monotonic() + seconds
-        with suppress(RuntimeError):
+
+        def listen() -> None:
             while True:
                 for rank in set(range(self.size)) - set(words):
                     if self._store.check([f"word of {rank}"]):
@@ -60,4 +69,26 @@ class LastWords:
                 if len(words) == self.size or time.monotonic() >= deadline:
                     break
                 time.sleep(0.02)
-        return words
+
+        self._ask(listen, seconds)
+        return dict(words)
+
+    def closed(self) -> set[int]:
+        found: set[int] = set()
+        self._ask(lambda: found.update(r for r in range(self.size) if self._store.check([f"closed by {r}"])))
+        return set(found)
+
+    def gone(self) -> set[int]:
+        return set()
+
+    def _say_closed(self) -> None:
+        if not self._told:
+            self._ask(lambda: self._store.set(f"closed by {self.rank}", ""))
+
+    def _ask(self, question: Callable[[], None], seconds: float = 0.0) -> None:
+        if self._silent:
+            return
+        try:
+            within(seconds + _STORE_SECONDS, question, "the store did not answer")
+        except RuntimeError:
+            self._silent = True

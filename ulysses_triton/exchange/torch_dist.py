@@ -102,4 +102,6 @@ class GlooControl(LastWords):
         return finish
 
     def close(self) -> None:
+        if self._gloo is not None:
+            self._say_closed()
         self._gloo = None  # the connections close with it

@@ -22,6 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 
 _HEAD = struct.Struct("<cI")  # kind, bytes of payload
+_END = b"."  # kind of the frame ahead of an end in order
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 _CHUNK = 1 << 16
 _LONGEST = 3600.0  # seconds of one poll(), which counts milliseconds in 32 bits
@@ -168,7 +169,8 @@ class Mesh:
         while missing := [peer.rank for peer in self._peers if not peer.frames[kind]]:
             gone = [peer.rank for peer in self._peers if peer.gone and peer.rank in missing]
             if gone:
-                raise RuntimeError(f"waiting for ranks {missing}: rank {gone[0]} is gone (its connection closed)")
+                how = "it closed the group" if self.ended()[gone[0]] else "its connection closed"
+                raise RuntimeError(f"waiting for ranks {missing}: rank {gone[0]} is gone ({how})")
             deadline = deadline or time.monotonic() + self._seconds
             if not self._read(deadline):
                 raise RuntimeError(f"waiting for ranks {missing}: no sign of them within {self._seconds:g} s")
@@ -178,9 +180,20 @@ class Mesh:
         """The next open file that came with a frame of `rank`; the caller closes it."""
         return next(peer for peer in self._peers if peer.rank == rank).descriptors.popleft()
 
-    def close(self) -> None:
+    def ended(self) -> dict[int, bool]:
+        """The ranks whose connections have ended, and whether in order."""
+        while ready := self._poll.poll(0):
+            self._take(ready)
+        return {peer.rank: bool(peer.frames[_END]) for peer in self._peers if peer.gone}
+
+    def close(self, in_order: bool = False) -> None:
         """End all connections: peers that wait for this rank raise. Idempotent."""
         for peer in self._peers:
+            try:
+                if in_order:
+                    peer.socket.send(_HEAD.pack(_END, 0))
+            except OSError:
+                pass  # it is gone already, or has no room
             try:
                 peer.socket.shutdown(socket.SHUT_RDWR)  # the end even where a forked process still has the socket
             except OSError:
@@ -190,6 +203,8 @@ class Mesh:
     def abandon(self) -> None:
         """Close what this process has of the connections, and do not end them."""
         for peer in self._peers:
+            if peer.socket.fileno() != -1 and not peer.gone:
+                self._poll.unregister(peer.number)
             peer.gone = True
             peer.socket.close()
             while peer.descriptors:
@@ -200,13 +215,16 @@ class Mesh:
         ready: list[tuple[int, int]] = []
         while not ready and (left := deadline - time.monotonic()) > 0:
             ready = self._poll.poll(min(left, _LONGEST) * 1000)
+        self._take(ready)
+        return bool(ready)
+
+    def _take(self, ready: Sequence[tuple[int, int]]) -> None:
         for number, event in ready:
             peer = self._by_number[number]
             if event & ~select.POLLOUT:
                 peer.read()
             if peer.gone:
                 self._poll.unregister(number)
-        return bool(ready)
 
     def _make_room(self, peer: _Peer) -> None:
         """Until `peer` can be sent to; what arrives meanwhile is taken in, as its sender may wait for the same."""

@@ -24,6 +24,7 @@ class VirtualWorld:
         self._rounds: dict[int, dict[int, Any]] = {}
         self._arrived = [0] * size
         self._words: dict[int, str] = {}
+        self.closed: set[int] = set()
 
     def member(self, rank: int) -> VirtualMember:
         return VirtualMember(self, rank)
@@ -62,17 +63,25 @@ class VirtualWorld:
 
     def hear(self, seconds: float) -> dict[int, str]:
         with self._changed:
-            self._changed.wait_for(lambda: len(self._words) == self.size, seconds)
+            self._changed.wait_for(lambda: len(self._words.keys() | self.closed) == self.size, seconds)
             return dict(self._words)
 
+    def leave(self, rank: int) -> None:
+        """A rank has closed its group: nobody waits for it any more."""
+        with self._changed:
+            self.closed.add(rank)
+            self._changed.notify_all()
+
     def _wait(self, done: Callable[[], bool], missing: Callable[[], set[int]]) -> None:
-        """Until `done`; RuntimeError at the deadline, or soon after a rank left its last word."""
+        """Until `done`; RuntimeError at the deadline, or soon after a missing rank failed or closed its group."""
         deadline = time.monotonic() + self.timeout
         while not done():
             left = deadline - time.monotonic()
-            failed = [rank for rank in self._words if rank in missing()]
-            if failed or left <= 0:
-                reason = f"rank {failed[0]} failed" if failed else f"no sign of them within {self.timeout:g} s"
+            failed, closed = sorted(missing() & self._words.keys()), sorted(missing() & self.closed)
+            if failed or closed or left <= 0:
+                reason = f"no sign of them within {self.timeout:g} s"
+                if failed or closed:
+                    reason = f"rank {failed[0]} failed" if failed else f"rank {closed[0]} has closed the group"
                 raise RuntimeError(f"waiting for ranks {sorted(missing())}: {reason}")
             self._changed.wait(left)
 
@@ -109,5 +118,11 @@ class VirtualMember:
     def hear(self, seconds: float) -> dict[int, str]:
         return self.world.hear(seconds)
 
+    def closed(self) -> set[int]:
+        return set(self.world.closed)
+
+    def gone(self) -> set[int]:
+        return set()
+
     def close(self) -> None:
-        pass
+        self.world.leave(self.rank)
