@@ -80,7 +80,7 @@ def test_survivors_raise_in_time_name_the_rank_and_can_go_on(pool, exchange, how
     for rank in (0, 2):
         message, took, again, after = answers[rank]
         assert "no word from ranks [1]" in message and f"rank {rank} in call" in message, message
-        assert message.startswith("group '0 in 2 chunks/0:") and took < (4 if at_once else SECONDS + 2), f"{took:.1f} s"
+        assert message.startswith("group '0/0:") and took < (4 if at_once else SECONDS + 2), f"{took:.1f} s"
         assert "cannot be used any more" in again and after
 
 
