@@ -218,15 +218,20 @@ def rebuilt(ctx, exchange, times):
     return before, resources(), kept
 
 
+rebuilds = pytest.mark.parametrize("times", [8, pytest.param(100, marks=pytest.mark.slow)])
+
+
+@rebuilds
 @pytest.mark.parametrize("exchange", ["shm", "torch"])
-def test_a_hundred_groups_that_failed_leave_nothing(pool, exchange):
-    for before, after, kept in pool.fresh(3, rebuilt, exchange, 100):
+def test_groups_that_failed_leave_nothing(pool, exchange, times):
+    for before, after, kept in pool.fresh(3, rebuilt, exchange, times):
         assert after == before and not any(kept)
 
 
-def test_a_hundred_virtual_groups_that_failed_leave_nothing():
+@rebuilds
+def test_virtual_groups_that_failed_leave_nothing(times):
     before = resources()
-    for _ in range(100):
+    for _ in range(times):
         assert run_virtual(RANKS, work_and_fail, timeout=30) == [0] * RANKS
     assert resources() == before
 

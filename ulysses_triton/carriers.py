@@ -40,7 +40,7 @@ def carriers_of(exchange: str, group: dist.ProcessGroup, timeout: timedelta) -> 
         if exchange == "shm":
             raise GroupError(
                 f'exchange="shm" cannot carry group {group.group_name!r}: {found}. It needs all ranks to be processes '
-                'of one Linux host, container and user; exchange="nccl" or "torch" needs nothing of that'
+                'of one Linux host, container and user; exchange="torch" needs nothing of that'
             )
         why = f"{why}; not shm: {found}"
     if exchange == "symm":
