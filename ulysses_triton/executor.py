@@ -381,11 +381,8 @@ class _Run:
         else:
             self.sums = dk, dv = self._new_sums(chunk.shares[rank].kv_heads)
             dkv = [Span(0, (dk.permute(2, 1, 0, 3), dv.permute(2, 1, 0, 3)))]
-        lse, options, heads = (
-            self._head_lse(c),
-            self._options(c),
-            HeadGrads(*(self._part(c, g) for g in self.head_grads)),
-        )
+        lse, options = self._head_lse(c), self._options(c)
+        heads = HeadGrads(*(self._part(c, grad) for grad in self.head_grads))
         self.local.attend_backward(*self._qkv(c), views["o"], lse, extra, dq, dkv, options, heads, start)
 
     def _new_sums(self, kv_heads: int) -> tuple[Tensor, Tensor]:
@@ -397,16 +394,13 @@ class _Run:
     def _unpack_grad(self) -> None:
         transform = self.inputs.transform
         normed = transform is not None and (transform.q_norm is not None or transform.k_norm is not None)
-        by_chunk = [
-            layout.qkv_rows(
-                self.problem, self.rank, chunk, chunk.grad_qkv, self._arrived("exchange_grad_out", c, chunk.grad_qkv)
-            )
-            for c, chunk in enumerate(self.chunks)
-        ]
+        by_chunk = []
+        for c, chunk in enumerate(self.chunks):
+            blocks = self._arrived("exchange_grad_out", c, chunk.grad_qkv)
+            by_chunk.append(layout.qkv_rows(self.problem, self.rank, chunk, chunk.grad_qkv, blocks))
+        by_rank = zip(*by_chunk, strict=True)  # so that shares of a sum come in the order of the ranks
         self.norm_grads = self.local.unpack_grad(
-            [
-                rows for of_rank in zip(*by_chunk, strict=True) for rows in of_rank
-            ],  # shares of a sum in the ranks' order
+            [rows for of_rank in by_rank for rows in of_rank],
             self.whole[0] if normed else None,
             self.whole[1] if normed else None,
             *self.grads[:3],
