@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from ulysses_triton import UlyssesGroup, truth, ulysses_attention
+from ulysses_triton import UlyssesGroup, trace, truth, ulysses_attention
 from ulysses_triton.case import Case, Inputs, Results, draw, exact, peer
 from ulysses_triton.errors import OptionError
 
@@ -207,20 +207,14 @@ class Costs:
             self.wire_bytes += (input.numel() - own) * input.itemsize
             return carry(output, input, output_split_sizes, input_split_sizes, **more)
 
-        with mock.patch.object(dist, "all_to_all_single", counting):
-            if group is None or not group.exchange.one_sided:
+        if group is None or not group.exchange.one_sided:
+            with mock.patch.object(dist, "all_to_all_single", counting):
                 yield
-                return
-            open_hop = group.exchange.open
-
-            def opening(messages: Any, receive: Any, send: Any) -> Any:
-                self.collectives += 1
-                sent = zip(messages, receive, strict=True)
-                self.wire_bytes += sum((sum(m.send) - m.send[rank]) * into.itemsize for m, into in sent)
-                return open_hop(messages, receive, send)
-
-            with mock.patch.object(group.exchange, "open", opening):
+        else:  # what ranks write into each other's memory, no collective shows
+            with trace() as t:
                 yield
+            self.collectives = sum(e.stream == "exchange" for e in t.events)
+            self.wire_bytes = t.sent()
 
     def record(self) -> dict[str, int]:
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}

@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -17,10 +18,16 @@ import torch
 import torch.distributed as dist
 from pool import Exit
 
-from bench import _faults
-from bench._faults import FAULTS, LOST, RANKS, goes_on, happen
 from ulysses_triton import ExchangeError, ShapeError, UlyssesGroup, local, run_virtual, ulysses_attention
 from ulysses_triton.group import _GROUPS
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the benches are in no package that is installed
+
+from bench import _faults  # noqa: E402
+from bench._faults import FAULTS, LOST, RANKS, goes_on, happen  # noqa: E402
+
+sys.path.remove(str(ROOT))  # where `kernels` would pass for another project's package
 
 SECONDS = 2.0
 

@@ -52,7 +52,8 @@ def test_predicted_and_traced_have_the_same_steps_and_bytes(torchrun, tmp_path):
     found = table(done.stdout)
     predicted, traced = found["MB to other ranks, in all"]
     assert predicted == traced > 0
-    assert all(len(values) == 2 for values in found.values()) and ("unpack" in found) == torchrun
+    assert all(len(values) == 2 for values in found.values())
+    assert "unpack" not in found  # both exchanges are one-sided: O is written where it belongs
     assert all(min(values) > 0 for name, values in found.items() if "exchang" not in name)
     assert lanes(tmp_path / "a.svg") == 2 * 2 * (2 if torchrun else 4)
 
