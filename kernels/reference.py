@@ -166,7 +166,7 @@ def _are_shared(rows: Sequence[Part], tokens: int) -> bool:
 
 def _even_blocks(parts: Sequence[Part], tokens: int) -> Iterator[slice]:
     """Ranges of the tokens that each of `parts` holds whole or not at all."""
-    cuts = {0, tokens, *(cut for _, token, view in parts for cut in (token, token + len(view)))}
+    cuts = {0, tokens, *(cut for _, token, view in parts for cut in (token, token + view.shape[0]))}
     for start, stop in pairwise(sorted(cuts)):
         yield slice(start, stop)
 
@@ -175,9 +175,11 @@ def _within(parts: Sequence[Part], block: slice) -> list[Part]:
     """What lies in a block of tokens: parts of it, without those that would be empty."""
     found = []
     for head, token, view in parts:
-        start, stop = max(token, block.start), min(token + len(view), block.stop)
+        n = view.shape[0]
+        start, stop = max(token, block.start), min(token + n, block.stop)
         if start < stop and view.shape[2]:
-            found.append((head, start - block.start, view[start - token : stop - token]))
+            is_whole = stop - start == n  # a slice of all takes as long as a small copy
+            found.append((head, start - block.start, view if is_whole else view[start - token : stop - token]))
     return found
 
 
@@ -209,7 +211,7 @@ def wait(pad: Tensor, counts: Tensor, status: Tensor, kind: int, behind: int) ->
 
 def _source(x: Tensor, head: int, token: int, view: Tensor) -> Tensor:
     """What of `x` [B, L, H, ...] a part holds, in the order of dimensions of its view."""
-    return x[:, token : token + len(view), head : head + view.shape[2]].transpose(0, 1)
+    return x[:, token : token + view.shape[0], head : head + view.shape[2]].transpose(0, 1)
 
 
 def _token_blocks(x: Tensor) -> Iterator[slice]:
