@@ -19,16 +19,18 @@ from torch import Tensor
 class QKVRows(NamedTuple):
     """The q, k and v heads (or their gradients) that one rank works on, for a range of tokens.
 
-    `k` and `v` may cover other tokens than `q` (cross-attention). As gradients, `k` and `v` may be fp32 where `q` is
-    bf16 or fp16: partial sums of a kv head that several ranks worked on. Both have no heads where k and v
-    of the kv head lie elsewhere.
+    `k` and `v` may cover other tokens than `q`: of another sequence (cross-attention), or because the rank works on
+    some of my queries and needs all keys that they attend. As gradients, `k` and `v` may be fp32 where `q` is bf16 or
+    fp16: partial sums of a kv head that several ranks worked on. Either side has no heads where it lies elsewhere.
     """
 
-    q: Tensor  # [L, B, hq, D]
-    k: Tensor  # [Lk, B, hkv, D]
-    v: Tensor  # [Lk, B, hkv, Dv]
+    q: Tensor  # [n, B, hq, D]
+    k: Tensor  # [nk, B, hkv, D]
+    v: Tensor  # [nk, B, hkv, Dv]
     q_head: int  # the model's query head that lies first
     kv_head: int  # the model's kv head that lies first
+    q_token: int = 0  # the token of my shard that lies first in q
+    kv_token: int = 0  # the same of k and v
 
 
 class ORows(NamedTuple):
@@ -37,9 +39,10 @@ class ORows(NamedTuple):
     `stat` is the LSE where O travels back and delta where dO travels in: fp32, fp64 for fp64 rows; None when absent.
     """
 
-    o: Tensor  # [L, B, hq, Dv]
-    stat: Tensor | None  # [L, B, hq]
+    o: Tensor  # [n, B, hq, Dv]
+    stat: Tensor | None  # [n, B, hq]
     q_head: int
+    token: int = 0  # the token of my shard that lies first
 
 
 class Span(NamedTuple):
