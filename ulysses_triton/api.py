@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cost, halves, masks, op
+from . import chunk_cache, cost, halves, masks, op
 from .call import Call, describe
 from .errors import DeviceError, DtypeError, ExchangeError, OptionError, ShapeError, UlyssesError
 from .group import Groupish, UlyssesGroup, resolve
@@ -360,17 +360,23 @@ def _two_ints(window: object) -> bool:
 
 
 def _best_chunks(group: UlyssesGroup, call: Call) -> int:
-    """As many chunks as the cost model finds fastest; one where it knows neither the GPU nor what the call asks."""
+    """As many chunks as were measured to be fastest on this GPU, or else as the cost model finds.
+
+    One where that knows neither the GPU nor what the call asks.
+    """
     assert call.q is not None
-    one_host = group.size <= int(os.environ.get("LOCAL_WORLD_SIZE", group.size))
-    machine = cost.machine_of(torch.cuda.get_device_name(call.q.device), one_host)
-    if machine is None:
-        return 1
     try:
         problem, _ = describe(group, call)
     except UlyssesError:
         return 1  # the op says what is wrong, on all ranks
-    return cost.best_chunks(problem, machine, one_sided=group.exchange.one_sided)
+    gpu = torch.cuda.get_device_name(call.q.device)
+    one_host = group.size <= int(os.environ.get("LOCAL_WORLD_SIZE", group.size))
+    key = chunk_cache.key_of(problem, group.exchange.name, one_host)
+    measured = None if key is None else chunk_cache.lookup(gpu, key)
+    if measured is not None:
+        return measured
+    machine = cost.machine_of(gpu, one_host)
+    return 1 if machine is None else cost.best_chunks(problem, machine, one_sided=group.exchange.one_sided)
 
 
 def _around(group: UlyssesGroup, attention: Callable[..., Tensor], call: Call, packing: tuple[Any, Any, Any]) -> Tensor:

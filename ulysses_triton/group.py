@@ -52,9 +52,9 @@ class UlyssesGroup(AgreeingRanks):
             run on a GPU), "torch" (`all_to_all_single` on the group), or "auto": "shm" for a gloo group whose ranks
             find that they can, "nccl" for CUDA where they have it, otherwise "torch". The same on every rank.
         chunks: in how many parts a rank's heads go, so that the exchange of one hides behind the attention of another:
-            a number, which calls with fewer query heads per rank lower to that, or "auto": on a GPU what the cost
-            model predicts to be fastest, and 1 on CPUs, where overlap takes from attention what it hides, and in
-            compiled graphs.
+            a number, which calls with fewer query heads per rank lower to that, or "auto": on a GPU what
+            `ulysses-triton tune --chunks` found fastest for such layers, otherwise what the cost model predicts; and 1
+            on CPUs, where overlap takes from attention what it hides, and in compiled graphs.
         check: what ranks compare before every call: "hash" of the call's signature, or "always" all of it.
         timeout: how long a rank waits for its peers.
 
