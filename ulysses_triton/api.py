@@ -245,6 +245,7 @@ def _attend(
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     p, seed = dropout
+    p, scale, softcap, norm_eps = (_constant(x) for x in (p, scale, softcap, norm_eps))
     with _told_to_peers(group):
         if recompute not in (None, "exchange"):
             raise OptionError(f'recompute = {recompute!r}; it must be None or "exchange"')
@@ -343,6 +344,18 @@ def _all_lens(group: UlyssesGroup, name: str, lens: Sequence[int] | None, own: T
     if lens is not None and len(lens) != group.size:
         raise ShapeError(f"{name} = {list(lens)} has {len(lens)} entries; the group has {group.size} ranks")
     return [own.size(1)] * group.size if lens is None else [int(n) for n in lens]
+
+
+def _constant(x: Any) -> Any:
+    """The value of a float that is a symbol in a graph of dynamic shapes, where a value is compiled for anyway.
+
+    Layers share such a symbol, and a checkpointed one cannot compute with what another one has made of it.
+    """
+    if not torch.compiler.is_compiling() or not isinstance(x, float):
+        return x
+    from torch.fx.experimental.symbolic_shapes import guard_scalar  # slow to import
+
+    return guard_scalar(x)
 
 
 def _is_int(x: object) -> bool:
