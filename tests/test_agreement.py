@@ -85,6 +85,7 @@ WRONG: dict[str, tuple] = {
     ),
     "kv_lens wrong": ({"kv_lens": [9, 9, 9]}, ShapeError, "kv_lens"),
     "attention name": ({"attention": "flash"}, OptionError, "flash"),
+    "attention that is a word for callables": ({"attention": "callable"}, OptionError, "the callable itself"),
     "attention object": ({"attention": 3}, OptionError, "int"),
     "recompute": ({"recompute": "attention"}, OptionError, "recompute"),
     "aten with Dv != D": ({"v": torch.randn(2, 4, 3, 8), "attention": "aten"}, OptionError, "head dim 16 and v has 8"),

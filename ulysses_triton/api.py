@@ -251,6 +251,8 @@ def _attend(
             raise OptionError(f'recompute = {recompute!r}; it must be None or "exchange"')
         if not isinstance(attention, str) and not callable(attention):
             raise OptionError(f"attention is a {type(attention).__name__}; it must be a name or a callable")
+        if attention == "callable":  # a problem's name for all callables
+            raise OptionError('attention = "callable"; it must be "auto", "triton", "aten" or the callable itself')
         if callable(attention) and (return_lse or recompute):
             raise OptionError("a callable attention goes with neither return_lse nor recompute: they are the kernels'")
         if callable(attention) and (mask is not None or p):
