@@ -38,7 +38,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "kernels.signals",
         "kernels.unpack",
     ),
-    "values": ("cost", "errors", "masks", "placement", "schedule", "spec", "timeline", "timeline_svg"),
+    "values": ("chunk_cache", "cost", "errors", "masks", "placement", "schedule", "spec", "timeline", "timeline_svg"),
     "exchange": (
         "exchange",
         "exchange.base",
@@ -77,6 +77,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "__main__",
         "api",
         "case",
+        "chunk_tuner",
         "cli",
         "machine",
         "packed",

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cost, halves, masks, op
+from . import chunk_cache, cost, halves, masks, op
 from .call import Call, describe
 from .errors import DeviceError, DtypeError, ExchangeError, OptionError, ShapeError, UlyssesError
 from .group import Groupish, UlyssesGroup, resolve
@@ -245,11 +245,14 @@ def _attend(
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     p, seed = dropout
+    p, scale, softcap, norm_eps = (_constant(x) for x in (p, scale, softcap, norm_eps))
     with _told_to_peers(group):
         if recompute not in (None, "exchange"):
             raise OptionError(f'recompute = {recompute!r}; it must be None or "exchange"')
         if not isinstance(attention, str) and not callable(attention):
             raise OptionError(f"attention is a {type(attention).__name__}; it must be a name or a callable")
+        if attention == "callable":  # a problem's name for all callables
+            raise OptionError('attention = "callable"; it must be "auto", "triton", "aten" or the callable itself')
         if callable(attention) and (return_lse or recompute):
             raise OptionError("a callable attention goes with neither return_lse nor recompute: they are the kernels'")
         if callable(attention) and (mask is not None or p):
@@ -345,6 +348,18 @@ def _all_lens(group: UlyssesGroup, name: str, lens: Sequence[int] | None, own: T
     return [own.size(1)] * group.size if lens is None else [int(n) for n in lens]
 
 
+def _constant(x: Any) -> Any:
+    """The value of a float that is a symbol in a graph of dynamic shapes, where a value is compiled for anyway.
+
+    Layers share such a symbol, and a checkpointed one cannot compute with what another one has made of it.
+    """
+    if not torch.compiler.is_compiling() or not isinstance(x, float):
+        return x
+    from torch.fx.experimental.symbolic_shapes import guard_scalar  # slow to import
+
+    return guard_scalar(x)
+
+
 def _is_int(x: object) -> bool:
     return isinstance(x, int) and not isinstance(x, bool)
 
@@ -360,17 +375,23 @@ def _two_ints(window: object) -> bool:
 
 
 def _best_chunks(group: UlyssesGroup, call: Call) -> int:
-    """As many chunks as the cost model finds fastest; one where it knows neither the GPU nor what the call asks."""
+    """As many chunks as were measured to be fastest on this GPU, or else as the cost model finds.
+
+    One where that knows neither the GPU nor what the call asks.
+    """
     assert call.q is not None
-    one_host = group.size <= int(os.environ.get("LOCAL_WORLD_SIZE", group.size))
-    machine = cost.machine_of(torch.cuda.get_device_name(call.q.device), one_host)
-    if machine is None:
-        return 1
     try:
         problem, _ = describe(group, call)
     except UlyssesError:
         return 1  # the op says what is wrong, on all ranks
-    return cost.best_chunks(problem, machine, one_sided=group.exchange.one_sided)
+    gpu = torch.cuda.get_device_name(call.q.device)
+    one_host = group.size <= int(os.environ.get("LOCAL_WORLD_SIZE", group.size))
+    key = chunk_cache.key_of(problem, group.exchange.name, one_host)
+    measured = None if key is None else chunk_cache.lookup(gpu, key)
+    if measured is not None:
+        return measured
+    machine = cost.machine_of(gpu, one_host)
+    return 1 if machine is None else cost.best_chunks(problem, machine, one_sided=group.exchange.one_sided)
 
 
 def _around(group: UlyssesGroup, attention: Callable[..., Tensor], call: Call, packing: tuple[Any, Any, Any]) -> Tensor:

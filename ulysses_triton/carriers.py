@@ -21,17 +21,19 @@ if TYPE_CHECKING:
     from .exchange.shm import Shm
 
 
-def carriers_of(exchange: str, group: dist.ProcessGroup, timeout: timedelta) -> tuple[Control, Exchange, Pool, str]:
+def carriers_of(
+    exchange: str, check: str, group: dist.ProcessGroup, timeout: timedelta
+) -> tuple[Control, Exchange, Pool, str]:
     """What carries the control messages of a process group and its rows, where its buffers come from, and why.
 
-    The same on every rank: what a rank finds out by itself, all ranks hear before they choose.
+    The same on every rank: what a rank finds out by itself, all ranks hear before they choose. `check` is that of the
+    group: ranks that compare otherwise would send each other messages of other lengths.
     """
     store = meeting_point(group)
-    asked = share(store, "exchange", group, exchange, timeout)
-    if len(set(asked)) > 1:
-        raise OptionError(
-            f"the ranks ask for different exchanges: {asked} in rank order; exchange= must be one for all"
-        )
+    for name, own in (("exchange", exchange), ("check", check)):
+        asked = share(store, name, group, own, timeout)
+        if len(set(asked)) > 1:
+            raise OptionError(f"the ranks ask for different {name}=: {asked} in rank order; it must be one for all")
     why, devices = f"{exchange}: any process group can carry it", devices_of(group)
     if exchange == "shm" or (exchange == "auto" and devices == {"cpu"}):
         found = _shared_memory(group, store, timeout)

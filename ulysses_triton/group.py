@@ -52,10 +52,11 @@ class UlyssesGroup(AgreeingRanks):
             run on a GPU), "torch" (`all_to_all_single` on the group), or "auto": "shm" for a gloo group whose ranks
             find that they can, "nccl" for CUDA where they have it, otherwise "torch". The same on every rank.
         chunks: in how many parts a rank's heads go, so that the exchange of one hides behind the attention of another:
-            a number, which calls with fewer query heads per rank lower to that, or "auto": on a GPU what the cost
-            model predicts to be fastest, and 1 on CPUs, where overlap takes from attention what it hides, and in
-            compiled graphs.
-        check: what ranks compare before every call: "hash" of the call's signature, or "always" all of it.
+            a number, which calls with fewer query heads per rank lower to that, or "auto": on a GPU what
+            `ulysses-triton tune --chunks` found fastest for such layers, otherwise what the cost model predicts; and 1
+            on CPUs, where overlap takes from attention what it hides, and in compiled graphs.
+        check: what ranks compare before every call: "hash" of the call's signature, or "always" all of it. The same on
+            every rank.
         timeout: how long a rank waits for its peers.
 
     Raises GroupError for a group this rank is not in or that the exchange cannot carry, OptionError for an unknown
@@ -86,7 +87,7 @@ class UlyssesGroup(AgreeingRanks):
         self.process_group = None if isinstance(group, VirtualMember) else process_group(group)
         self.devices = frozenset({"cpu", "cuda"})
         if self.process_group is not None and self.process_group.size() > 1:
-            control, carrier, pool, self._why = carriers_of(exchange, self.process_group, timeout)
+            control, carrier, pool, self._why = carriers_of(exchange, check, self.process_group, timeout)
             own = {"shm": frozenset({"cpu"}), "symm": frozenset({"cuda"})}
             self.devices = own.get(carrier.name) or devices_of(self.process_group)
         else:

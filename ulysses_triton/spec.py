@@ -179,7 +179,8 @@ def differences(signatures: Sequence[str]) -> str:
 _REMEDIES = {
     "tuning": " (launch configurations; `ulysses-triton tune` under torchrun gives all hosts the same, and so does one "
     "folder for all in ULYSSES_TRITON_CACHE)",
-    "chunks": ' (of UlyssesGroup; "auto" follows from the GPU: give a number where ranks have different ones)',
+    "chunks": " (of UlyssesGroup; 'auto' follows from the GPU and what `ulysses-triton tune --chunks` kept for it: "
+    "give a number where ranks have different ones)",
 }
 
 
