@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ulysses_triton import cost, schedule
 from ulysses_triton.cost import MACHINES, Machine, best_chunks, exposed, machine_of, pairs, timeline
+from ulysses_triton.placement import chunk_count
 from ulysses_triton.spec import Problem
 
 # One of everything a second, but nothing for latency and launches.
@@ -32,9 +33,9 @@ LONG = problem(
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
     ranks = draw(st.integers(1, 5))
-    heads = ranks * draw(st.integers(1, 4))
+    heads = draw(st.one_of(st.integers(1, 4).map(lambda n: n * ranks), st.integers(1, 9)))
     lens = tuple(draw(st.lists(st.integers(1, 5000), min_size=ranks, max_size=ranks)))
-    return problem(
+    found = problem(
         lens=lens,
         kv_lens=draw(st.sampled_from([lens, tuple(n + 1 for n in lens)])),
         heads=heads,
@@ -46,11 +47,11 @@ def problems(draw: st.DrawFn) -> Problem:
         grad=draw(st.booleans()),
         recompute=draw(st.booleans()),
         return_lse=draw(st.booleans()),
-        chunks=draw(st.integers(1, min(4, heads // ranks))),
         features=draw(st.sampled_from([None, 64])),
         out_features=draw(st.sampled_from([None, 48])),
         q_norm=draw(st.booleans()),
     )
+    return replace(found, chunks=chunk_count(found, draw(st.integers(1, 4))))
 
 
 machines = st.sampled_from([*MACHINES.values(), UNIT, cost.cpu(0.5)])

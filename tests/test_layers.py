@@ -69,6 +69,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "local",
         "memo",
         "op",
+        "pieces",
         "projection",
         "tracing",
     ),
@@ -76,6 +77,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "",  # __init__
         "__main__",
         "api",
+        "balance",
         "case",
         "chunk_tuner",
         "cli",
