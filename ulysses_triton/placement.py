@@ -18,7 +18,7 @@ Example: in 2 chunks, the rank with the query heads 0..7 and the kv heads 0 and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -89,11 +89,15 @@ class Heads(NamedTuple):
 
 
 class Message(NamedTuple):
-    """What one rank sends and receives for a section, in elements, and where its block lands at each peer."""
+    """What one rank sends and receives for a section, in elements, and where its block lands at each peer.
+
+    `between(a, b)` is what rank a sends to rank b, for any two: who passes blocks on has to know others' sizes.
+    """
 
     send: tuple[int, ...]
     receive: tuple[int, ...]
     land: tuple[int, ...]
+    between: Callable[[int, int], int]
 
 
 class Chunk(NamedTuple):
@@ -285,6 +289,7 @@ def inbound(section: Section, batch: int, rank: int) -> Message:
         send=tuple(lens[rank] * batch * w for w in widths),
         receive=tuple(n * batch * widths[rank] for n in lens),
         land=tuple(sum(lens[:rank]) * batch * w for w in widths),
+        between=lambda a, b: block_size(section, batch, owner=b, source=a),
     )
 
 
@@ -295,4 +300,10 @@ def outbound(section: Section, batch: int, rank: int) -> Message:
         send=tuple(n * batch * widths[rank] for n in lens),
         receive=tuple(lens[rank] * batch * w for w in widths),
         land=tuple(n * batch * sum(widths[:rank]) for n in lens),
+        between=lambda a, b: block_size(section, batch, owner=a, source=b),
     )
+
+
+def block_size(section: Section, batch: int, owner: int, source: int) -> int:
+    """Elements of the rows in which `owner` has its heads of the tokens of `source`'s shard."""
+    return section.lens[source] * batch * section.rows[owner].width

@@ -76,8 +76,9 @@ def gathered(group: UlyssesGroup, what: str, x: Tensor, lens: Sequence[int]) -> 
     """All ranks' `x` [L, ...] as one, by one exchange that they agree on as `what`; without a gradient."""
     each = math.prod(x.shape[1:])
     group.agree(what, _signature(x, lens))
-    mine, at = lens[group.rank] * each, sum(lens[: group.rank]) * each
-    message = Message((mine,) * group.size, tuple(n * each for n in lens), (at,) * group.size)
+    sizes = tuple(n * each for n in lens)
+    mine, at = sizes[group.rank], sum(sizes[: group.rank])
+    message = Message((mine,) * group.size, sizes, (at,) * group.size, lambda a, b: sizes[a])
     whole = _exchange(group, what, message, [x.contiguous().view(-1)] * group.size)
     return whole.view(sum(lens), *x.shape[1:])
 
@@ -97,11 +98,8 @@ class _Gather(torch.autograd.Function):
         group.agree("gather_sequence backward", _signature(grad, lens))
         parts = [part.reshape(-1) for part in torch.split(grad, list(lens))]
         mine = parts[group.rank].numel()
-        message = Message(
-            tuple(part.numel() for part in parts),
-            (mine,) * group.size,
-            tuple(part.numel() * group.rank for part in parts),
-        )
+        sizes = tuple(part.numel() for part in parts)
+        message = Message(sizes, (mine,) * group.size, tuple(n * group.rank for n in sizes), lambda a, b: sizes[b])
         received = _exchange(group, "gather_sequence backward", message, parts)
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
         total = received.view(group.size, mine).sum(0, dtype=wide).to(grad.dtype)
