@@ -82,6 +82,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "cli",
         "machine",
         "packed",
+        "reorder",
         "shard",
         "timeline_command",
         "trial",
