@@ -18,28 +18,25 @@ from ulysses_triton.exchange.virtual import VirtualWorld
 from ulysses_triton.placement import Message
 
 
-def message(rank: int, sizes: list[list[int]], size: int = 3) -> Message:
-    """`sizes[a][b]` elements go from rank a to b, of the first `size`; blocks lie in their order at the receiver."""
-    ranks = range(size)
+def message(rank: int, sizes: list[list[int]]) -> Message:
+    """`sizes[a][b]` elements go from rank a to rank b; blocks lie in rank order at the receiver."""
+    ranks = range(len(sizes))
     return Message(
-        send=tuple(sizes[rank][:size]),
+        send=tuple(sizes[rank]),
         receive=tuple(sizes[a][rank] for a in ranks),
         land=tuple(sum(sizes[a][b] for a in range(rank)) for b in ranks),
         between=lambda a, b: sizes[a][b],
     )
 
 
-# For up to six ranks; the fourth sends nothing, and gets something from one rank.
-UNEVEN = [
-    [3, 0, 5, 0, 2, 7],
-    [1, 1, 1, 0, 0, 1],
-    [0, 4, 2, 6, 1, 0],
-    [0, 0, 0, 0, 0, 0],
-    [2, 0, 9, 0, 3, 1],
-    [0, 0, 4, 0, 1, 1],
-]
-NOTHING = [[0] * 6] * 6
-LARGE = [[50_000, 20_000, 1] * 2] * 6
+UNEVEN = [[3, 0, 5], [1, 1, 1], [0, 4, 2]]
+NOTHING = [[0] * 3] * 3
+LARGE = [[50_000, 20_000, 1] for _ in range(3)]
+
+
+def for_all(group: UlyssesGroup, sizes: list[list[int]]) -> list[list[int]]:
+    """Such sizes for the ranks of a group; the fourth sends nothing."""
+    return [[sizes[a % 3][b % 3] * (a != 3) for b in range(group.size)] for a in range(group.size)]
 
 
 def filled(source: int, target: int, n: int, dtype: torch.dtype, hop: int) -> torch.Tensor:
@@ -52,7 +49,7 @@ def several_hops(group, dtype):
     """Hops of several sections one after the other, with a hop of nothing between; returns what was wrong."""
     wrong = []
     for hop, sections in enumerate([[UNEVEN], [UNEVEN, LARGE], [NOTHING], [LARGE, NOTHING], [UNEVEN]]):
-        messages = [message(group.rank, sizes, group.size) for sizes in sections]
+        messages = [message(group.rank, for_all(group, sizes)) for sizes in sections]
         receive = [group.pool.take((sum(m.receive),), dtype, torch.device("cpu")) for m in messages]
         opened = group.exchange.open(messages, receive, [None] * len(messages))
         for blocks, m in zip(opened.blocks, messages, strict=True):
@@ -98,7 +95,7 @@ def test_blocks_arrive_bit_for_bit(pool, name, dtype):
 
 def overlapping_hops(group):
     """Hops that are open, started and finished across each other; returns whether all arrived."""
-    m = message(group.rank, UNEVEN, group.size)
+    m = message(group.rank, for_all(group, UNEVEN))
 
     def opened(number):
         receive = group.pool.take((sum(m.receive),), torch.float32, torch.device("cpu"))
@@ -133,7 +130,7 @@ def test_hops_may_overlap(pool, name):
 
 def own_send_buffer(group):
     """A send buffer of the caller's own is what travels, and is only read."""
-    m = message(group.rank, UNEVEN, group.size)
+    m = message(group.rank, for_all(group, UNEVEN))
     mine = torch.cat([filled(group.rank, target, n, torch.float32, 0) for target, n in enumerate(m.send)])
     before = mine.clone()
     receive = group.pool.take((sum(m.receive),), torch.float32, torch.device("cpu"))
@@ -207,7 +204,7 @@ def test_groups_can_be_made_again(pool):
 
 def test_a_virtual_rank_that_does_not_arrive_is_named():
     def work(group):
-        m = message(group.rank, UNEVEN, group.size)
+        m = message(group.rank, UNEVEN)
         with group.step("exchange_in"):
             hop = group.exchange.open([m], [torch.empty(sum(m.receive))], [None])
             if group.rank == 2:
