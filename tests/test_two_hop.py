@@ -7,6 +7,7 @@ import signal
 import time
 from collections import Counter
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,6 +152,26 @@ def by_size(mesh):
 def test_what_a_mesh_gets_is_said_and_large_blocks_take_one_hop(pool):
     answers = pool.fresh(4, chosen)
     assert answers == [["TwoHop"] * 2 + ["TorchHop"] * 2] * 4, answers
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "below", "reason"),
+    [
+        (["NVIDIA H100 80GB HBM3"] * 4, (2, 2), 4.77e6, "two hops below 4.8 MB from a rank to another"),
+        (["NVIDIA H100 80GB HBM3", "NVIDIA H200"] * 2, (2, 2), None, "no figures of these GPUs"),
+        (["NVIDIA GeForce RTX 4090"] * 4, (2, 2), None, "no figures of these GPUs"),
+        (["NVIDIA H100 80GB HBM3"] * 4, (1, 4), None, "the mesh is one node"),
+        (["NVIDIA H100 80GB HBM3"] * 4, (4, 1), None, "one rank on each node"),
+    ],
+    ids=["H100", "mixed", "unknown", "one node", "one rank a node"],
+)
+def test_figures_of_gpus_decide(monkeypatch, names, shape, below, reason):
+    monkeypatch.setattr(carriers, "devices_of", lambda _: {"cuda"})
+    monkeypatch.setattr(carriers, "share", lambda *_: names)  # what every rank tells
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: names[0])
+    nodes = SimpleNamespace(count=shape[0], each=shape[1])
+    found, why = carriers._two_hops_below(nodes, None, None, timedelta(seconds=1))
+    assert found == pytest.approx(below) and reason in why
 
 
 def beside_data(ctx):
