@@ -236,6 +236,22 @@ def test_all_chunks_together_send_what_one_does():
         assert len(set(sent)) == 1
 
 
+@given(st.sampled_from(["NVIDIA H100 80GB HBM3", "NVIDIA B200"]), *[st.integers(2, 16)] * 2, st.floats(1e3, 1e8))
+def test_two_hops_are_for_small_blocks(device, nodes, each, block):
+    """Messages and bytes of both ways, counted: two hops are faster below one size, whatever the mesh."""
+    inside, network = machine_of(device, True), machine_of(device, False)
+    direct = nodes * each - each, each - 1  # messages of a rank over the network, and inside its node
+    staged = nodes - 1, nodes * (each - 1)
+    over_network = (nodes - 1) * each * block / network.exchange
+    one, two = (
+        over_network + far * network.latency + near * (inside.latency + block / inside.exchange)
+        for far, near in (direct, staged)
+    )
+    below = cost.two_hops_below(device)
+    assert (two < one) == (block < below) or two == pytest.approx(one, rel=1e-9)
+    assert cost.two_hops_below("NVIDIA GeForce RTX 4090") is None
+
+
 def test_machines_are_plausible():
     for name, m in MACHINES.items():
         assert m.name == name and 1e14 < m.backward < m.forward < 3e15 and m.exchange < m.copy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -150,6 +151,36 @@ def test_what_one_rank_sends_is_what_the_other_receives_and_blocks_tile_the_buff
                     stop += sender.send[to]
                 assert stop == sum(receiver.receive)
                 assert [sender.send[to] for sender in messages] == list(receiver.receive)
+
+
+@given(problems())
+def test_what_goes_between_any_two_ranks_is_known_to_all(p):
+    for chunk in place(p).chunks:
+        for direction, section in (
+            *((inbound, section) for section in (*chunk.qkv, *chunk.grad_out)),
+            *((outbound, section) for section in (*chunk.out, *chunk.grad_qkv)),
+        ):
+            messages = [direction(section, p.batch, rank) for rank in range(p.ranks)]
+            for known in messages:
+                for source, message in enumerate(messages):
+                    assert [known.between(source, to) for to in range(p.ranks)] == list(message.send)
+
+
+@given(problems(), st.integers(1, 12))
+def test_replicas_of_a_kv_head_stay_inside_a_node_where_nodes_end_with_kv_heads(p, each):
+    """Ranks r, r + 1, ... of a node have neighbouring heads: at most one is on two nodes, if they part its kv group."""
+    placement = place(p)
+    on_nodes = [{j for s in shares for j in range(s.kv_start, s.kv_stop)} for shares in batched(placement.shares, each)]
+    for node, (before, after) in enumerate(pairwise(on_nodes), 1):
+        assert len(before & after) <= 1
+        if p.heads % p.ranks == 0:
+            assert bool(before & after) == (placement.head_offset(node * each) != 0)
+    if p.heads % p.ranks == 0 and p.kv_heads % len(on_nodes) == 0 and p.ranks % each == 0:
+        assert sum(map(len, on_nodes)) == p.kv_heads
+
+
+def batched(shares, each):
+    return [shares[first : first + each] for first in range(0, len(shares), each)]
 
 
 @given(problems(), st.integers(1, 9))

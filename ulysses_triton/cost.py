@@ -72,6 +72,20 @@ def machine_of(device: str, one_host: bool) -> Machine | None:
     return None if found is None else MACHINES[found if one_host else f"{found}-network"]
 
 
+def two_hops_below(device: str) -> float | None:
+    """Bytes of a block, from one rank to another, below which `exchange.two_hop` takes less time than one hop.
+
+    None for a GPU of no known figures. With N nodes of n ranks, two hops save (N - 1) (n - 1) messages over the network
+    and make as many more inside a node; and of the N blocks that a rank gives each other rank of its node, N - 1 are
+    more than in one hop. So they pay where one block's time inside the node is less than what a message saves, whatever
+    N and n. Example: on H100 (14 - 3.4) us at 450 GB/s, 4.8 MB.
+    """
+    inside, network = machine_of(device, True), machine_of(device, False)
+    if inside is None or network is None:
+        return None
+    return (network.latency - inside.latency) * inside.exchange
+
+
 def cpu(cores: float = 1.0) -> Machine:
     """A rank on so many cores of a CPU like the one this was written on (AMD EPYC, AVX-512), by gloo.
 

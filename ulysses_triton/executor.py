@@ -242,7 +242,8 @@ class _Run:
         offer, written = (c, [chunk]) if p.projects_out else (0, self.chunks)
         if ("exchange_out", offer) not in self.hops:
             results = self._new_results(c)
-            nothing = Message(*[(0,) * p.ranks] * 3)  # nobody sends blocks: rows are written where they belong
+            none = (0,) * p.ranks  # nobody sends blocks: rows are written where they belong
+            nothing = Message(none, none, none, lambda a, b: 0)
             with self._step("exchange_out", offer):
                 hop = self.group.exchange.open([nothing] * 2, results, [None] * 2)
             others = [rank for rank in range(p.ranks) if rank != self.rank]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .kernels._blocks import BLOCK, EMPTY, combine, lists
+from .kernels._blocks import combine, lists, within
 from .kernels._views import Blocks, HeadMap, Options, Part
 from .placement import Piece, Placement
 from .spec import Problem
@@ -67,7 +67,5 @@ def _lists(problem: Problem, left: Tensor, first: int, piece: Piece) -> Blocks:
     if left.size(1) > 1:
         left = left[:, piece.q_start - first : piece.q_stop - first]
     if piece.tokens < problem.seq:
-        mine = torch.zeros_like(left[0, 0, :, 0], dtype=torch.bool)
-        mine[piece.start // BLOCK : -(-piece.stop // BLOCK)] = True
-        left = left.where(mine[:, None], EMPTY)
+        left = within(left, range(piece.start, piece.stop))
     return lists(left, HeadMap(problem.heads // problem.kv_heads, piece.q_start), piece.q_heads, piece.kv_heads)

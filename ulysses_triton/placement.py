@@ -26,7 +26,7 @@ Example: in 2 chunks, the rank with the query heads 0..7 and the kv heads 0 and 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, groupby, pairwise
@@ -149,11 +149,15 @@ class Heads(NamedTuple):
 
 
 class Message(NamedTuple):
-    """What one rank sends and receives for a section, in elements, and where its block lands at each peer."""
+    """What one rank sends and receives for a section, in elements, and where its block lands at each peer.
+
+    `between(a, b)` is what rank a sends to rank b, for any two: who passes blocks on has to know others' sizes.
+    """
 
     send: tuple[int, ...]
     receive: tuple[int, ...]
     land: tuple[int, ...]
+    between: Callable[[int, int], int]
 
 
 class Chunk(NamedTuple):
@@ -523,13 +527,19 @@ def round_up(number: int, multiple: int) -> int:
     return (number + multiple - 1) // multiple * multiple
 
 
+def block_size(section: Section, batch: int, owner: int, source: int) -> int:
+    """Elements of the rows in which `owner` has its heads of the tokens of `source`'s shard."""
+    return section.overlap(owner, source)[1] * batch * section.rows[owner].width
+
+
 def inbound(section: Section, batch: int, rank: int) -> Message:
     """Sequence layout to head layout: to every rank its heads of my tokens, from every rank my heads of its tokens."""
-    ranks, widths = range(len(section.lens)), [row.width for row in section.rows]
+    ranks = range(len(section.lens))
     return Message(
-        send=tuple(section.overlap(r, rank)[1] * batch * widths[r] for r in ranks),
-        receive=tuple(section.overlap(rank, r)[1] * batch * widths[rank] for r in ranks),
-        land=tuple(section.before(r, rank) * batch * widths[r] for r in ranks),
+        send=tuple(block_size(section, batch, r, rank) for r in ranks),
+        receive=tuple(block_size(section, batch, rank, r) for r in ranks),
+        land=tuple(section.before(r, rank) * batch * section.rows[r].width for r in ranks),
+        between=lambda a, b: block_size(section, batch, owner=b, source=a),
     )
 
 
@@ -539,11 +549,12 @@ def outbound(section: Section, batch: int, rank: int) -> Message:
 
 
 def _outbound(section: Section, batch: int, rank: int) -> Message:
-    ranks, widths = range(len(section.lens)), [row.width for row in section.rows]
+    ranks = range(len(section.lens))
     return Message(
-        send=tuple(section.overlap(rank, r)[1] * batch * widths[rank] for r in ranks),
-        receive=tuple(section.overlap(r, rank)[1] * batch * widths[r] for r in ranks),
-        land=tuple(sum(section.overlap(s, r)[1] * widths[s] for s in range(rank)) * batch for r in ranks),
+        send=tuple(block_size(section, batch, rank, r) for r in ranks),
+        receive=tuple(block_size(section, batch, r, rank) for r in ranks),
+        land=tuple(sum(block_size(section, batch, s, r) for s in range(rank)) for r in ranks),
+        between=lambda a, b: block_size(section, batch, owner=a, source=b),
     )
 
 
