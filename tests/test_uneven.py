@@ -6,16 +6,22 @@ Heads are cut every 256 queries, so sequences are longer here than in other test
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
+import fake_nccl
+import fake_symm
 import pytest
+import test_projection
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layer import Case, cases, check, joined, run
 from test_attention import hold_chunks, on_process, on_torch, sdpa, virtually
 
-from ulysses_triton import UlyssesGroup, ulysses_attention
-from ulysses_triton.placement import QUERY_TILE
+from ulysses_triton import UlyssesGroup, cost, run_virtual, trace, ulysses_attention
+from ulysses_triton.placement import QUERY_TILE, place
+from ulysses_triton.spec import Problem
 
 S = 3 * QUERY_TILE + 100
 
@@ -166,10 +172,90 @@ def test_chunks_are_the_same_bits(heads):
             torch.testing.assert_close(many[name], one[name], rtol=2e-2, atol=1e-2)
 
 
+PROJECTED = test_projection.Case(
+    (QUERY_TILE, QUERY_TILE - 30), 3, 1, test_projection.EVERYTHING, batch=1, rope=True, return_lse=True
+)
+
+
+@pytest.mark.parametrize("recompute", [None, "exchange"], ids=["kept", "recompute"])
+@pytest.mark.parametrize("exchange", ["shm", "torch"])
+def test_projections(pool, exchange, recompute):
+    case = replace(PROJECTED, recompute=recompute, chunks=2)
+    test_projection.check(case, pool.run(2, test_projection.on_a_process, case, exchange))
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("run_ranks", [fake_nccl.run, partial(fake_symm.run, step=1 << 17)], ids=["nccl", "symm"])
+def test_fakes_of_the_exchanges_of_gpus(run_ranks, chunks):
+    case = Case((S,), 5, 5, return_lse=True, recompute="exchange").on(3)
+
+    def layers(group):
+        group.chunks = chunks
+        return [run(case, group.rank, group) for _ in range(2)]
+
+    for results in zip(*run_ranks(3, layers), strict=True):
+        check(case, list(results))
+
+
+def traced(ctx, exchange, case):
+    with UlyssesGroup(ctx.group, exchange=exchange, chunks=case.chunks) as group, trace() as t:
+        run(case, ctx.rank, group)
+    return t.sent()
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("exchange", ["shm", "torch"])
+def test_bytes_on_the_wire_are_those_of_the_placement(pool, exchange, chunks):
+    """q, dq, O and dO once, with delta; k, v and their gradients once per rank that works on them; but for its own."""
+    case = Case((S,), 3, 3, causal=False, chunks=chunks, dim=16, value_dim=16, batch=2).on(2)
+    problem = Problem(
+        batch=2, lens=case.lens, kv_lens=case.lens, heads=3, kv_heads=3, head_dim=16, value_dim=16, dtype="float32",
+        device="cpu", causal=False, scale=0.25, attention="reference", grad=True, chunks=chunks,
+    )  # fmt: skip
+    predicted = cost.timeline(problem, cost.cpu(1.0), one_sided=exchange == "shm")
+    assert pool.run(2, traced, exchange, case) == [predicted.of(rank).sent() for rank in (0, 1)]
+    if chunks > 1:
+        return
+    rows = 0  # elements from one rank to the other
+    for rank, pieces in enumerate(place(problem).chunks[0].pieces):
+        other = 1 - rank
+        start = sum(case.lens[:other])
+        theirs = [min(s.stop, start + case.lens[other]) - max(s.start, start) for s in pieces]
+        queries = sum(s.q_heads * max(0, n) for s, n in zip(pieces, theirs, strict=True))
+        with_delta = sum(-(-17 * s.q_heads // 16) * 16 * max(0, n) for s, n in zip(pieces, theirs, strict=True))
+        keys = place(problem).shares[rank].kv_heads * case.lens[other]
+        rows += queries * 3 * 16 + with_delta + keys * 4 * 16
+    assert predicted.sent() == rows * 2 * 4
+
+
+def compiled(ctx):
+    """A layer in one graph, also with dynamic shapes, is what it is without."""
+    generator = torch.Generator().manual_seed(ctx.rank)
+    with UlyssesGroup(ctx.group) as group:
+
+        def layer(q, k, v):
+            return ulysses_attention(q, k, v, group, causal=True, attention="reference")
+
+        for dynamic in (False, True):
+            torch._dynamo.reset()
+            graph = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+            for tokens in (300, 200):
+                q, k, v = (torch.randn(1, tokens, n, 8, generator=generator, requires_grad=True) for n in (3, 1, 1))
+                results = []
+                for call in (layer, graph):
+                    out = call(q, k, v)
+                    results.append((out, *torch.autograd.grad((out * out).sum(), (q, k, v))))
+                for a, b in zip(*results, strict=True):
+                    torch.testing.assert_close(a, b)
+    return True
+
+
+def test_a_layer_compiles(pool):
+    assert pool.run(2, compiled) == [True, True]
+
+
 def two_configurations(ctx, exchange):
     """Layers of two models in one step, over one group and over groups of other sizes beside it."""
-    import torch.distributed as dist
-
     first, second = dist.new_group([0, 1]), dist.new_group([0, 1, 2])
     tower = Case((300,), 3, 3, dim=8, value_dim=8, causal=False).on(3)
     decoder = Case((QUERY_TILE * 2,), 4, 2, dim=16, seed=1).on(3)
@@ -224,8 +310,6 @@ def explained(group):
     return group.explain()
 
 
-def test_explain_says_what_each_rank_works_on_and_how_much_travels(pool):
-    from ulysses_triton import run_virtual
-
+def test_explain_says_what_each_rank_works_on_and_how_much_travels():
     text = run_virtual(2, explained)[0]
     assert "rank 0: query head" in text and "from 0 to" in text and "elements in and" in text

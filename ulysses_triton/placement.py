@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple
@@ -242,9 +242,8 @@ def _words(piece: Piece) -> str:
 
 def place(problem: Problem) -> Placement:
     """The placement of a problem on its `len(lens)` ranks."""
-    if not divides(problem) and not problem.concrete:  # where heads are cut follows from the lengths: no symbols
-        lens, kv_lens = (tuple(int(n) for n in given) for given in (problem.lens, problem.kv_lens))
-        problem = replace(problem, lens=lens, kv_lens=kv_lens, batch=int(problem.batch))
+    if not divides(problem) and not problem.concrete:  # where heads are cut follows from all lengths
+        problem = problem.as_numbers()
     return _placed(problem) if problem.concrete else _place(problem)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 from .errors import DtypeError, OptionError, ShapeError
@@ -102,6 +102,14 @@ class Problem:
         sizes: tuple[int, ...] = (self.batch, self.heads, self.kv_heads, self.head_dim, self.value_dim)
         sizes += tuple(n for n in (self.features, self.out_features) if n is not None)
         return all(isinstance(n, int) for n in (*self.lens, *self.kv_lens, *(self.window or ()), *sizes))
+
+    def as_numbers(self) -> Problem:
+        """With numbers in place of all symbols: a graph that is being traced is then for these sizes alone."""
+        lens, kv_lens = (tuple(int(n) for n in given) for given in (self.lens, self.kv_lens))
+        sizes = ("batch", "heads", "kv_heads", "head_dim", "value_dim", "features", "out_features", "chunks")
+        numbers = {name: None if getattr(self, name) is None else int(getattr(self, name)) for name in sizes}
+        window = None if self.window is None else (int(self.window[0]), int(self.window[1]))
+        return replace(self, lens=lens, kv_lens=kv_lens, window=window, **numbers)  # type: ignore[arg-type]
 
     @property
     def sends_delta(self) -> bool:
