@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import chunk_cache, cost, halves, masks, op
+from .balance import weighed_cuts
 from .call import Call, describe
 from .errors import DeviceError, DtypeError, ExchangeError, OptionError, ShapeError, UlyssesError
 from .group import Groupish, UlyssesGroup, resolve
@@ -19,6 +20,7 @@ from .packed import check as check_packing
 from .packed import tables as packed_tables
 from .placement import place
 from .projection import Projection
+from .spec import Problem
 
 Attention = str | Callable[..., Tensor]
 NO_PROJECTION = Projection()
@@ -60,7 +62,7 @@ def ulysses_attention(
         v: `[B, Lk, Hkv, Dv]`. D and Dv are at most 256.
         group: a `ProcessGroup`, a 1-D `DeviceMesh`, a `UlyssesGroup`, or None for the default group (one rank, plain
             attention, when `torch.distributed` is not initialised). With data-parallel ranks in the job pass the
-            sequence-parallel group: with None all ranks would share one sequence. Its size must divide Hq.
+            sequence-parallel group: with None all ranks would share one sequence.
         causal: token i of the whole sequence attends to tokens `0..i` (aligned at token 0 when keys differ in length).
         scale: the softmax scale; None for `1 / sqrt(D)`.
         window: `(left, right)` in tokens: token i of the whole sequence attends to tokens `i - left .. i + right` only;
@@ -315,6 +317,7 @@ def _attend(
         norm_eps=norm_eps,
         attention=attention if isinstance(attention, str) else "callable",
         chunks=1 if group.chunks == "auto" else int(group.chunks),
+        cuts=[],
         recompute=recompute is not None,
         return_lse=return_lse,
         grad=grad,
@@ -324,6 +327,9 @@ def _attend(
         return _around(group, attention, call, packing)
     if group.chunks == "auto" and qkv[0].is_cuda and not torch.compiler.is_compiling():
         call = call._replace(chunks=_best_chunks(group, call))
+    if not torch.compiler.is_compiling():
+        with _told_to_peers(group):
+            call = call._replace(cuts=weighed_cuts(group, call, *packing[1:]))
     out, lse, _ = op.attention(*call)
     return (out, lse) if return_lse else out
 
@@ -407,6 +413,33 @@ def _around(group: UlyssesGroup, attention: Callable[..., Tensor], call: Call, p
     problem, _ = describe(group, call)
     received = [rows, kv_rows] if problem.cross else [rows]
     views = halves.received_views(problem, group, received)
+    if place(problem).shares[group.rank].q_heads:
+        out = _asked(attention, group, problem, call, packing, views)
+    else:  # fewer heads than ranks, and none for this one
+        out = views["q"].transpose(0, 1).flatten(2).view(problem.batch, problem.seq, 0, problem.value_dim)
+        for given in (call.sinks, call.slopes):  # which get a gradient of zeros
+            out = out if given is None else out + given[:0].sum().to(out.dtype)
+    result = halves.exchange_out(
+        out.transpose(0, 1),
+        group.name,
+        problem.heads,
+        problem.kv_heads,
+        problem.head_dim,
+        list(problem.lens),
+        problem.causal,
+    )
+    return result if around.out_weight is None else F.linear(result.flatten(2), around.out_weight, around.out_bias)
+
+
+def _asked(
+    attention: Callable[..., Tensor],
+    group: UlyssesGroup,
+    problem: Problem,
+    call: Call,
+    packing: tuple[Any, Any, Any],
+    views: dict[str, Tensor],
+) -> Tensor:
+    """What the callable makes of this rank's heads, `[B, S, hq, Dv]`; where it fails, all ranks learn of it."""
     q, k, v = (views[name].transpose(0, 1) for name in ("q", "k", "v"))
     index = place(problem).kv_head_of(group.rank)
     if len(index) % k.size(2) or index != [h // (len(index) // k.size(2)) for h in range(len(index))]:
@@ -431,13 +464,4 @@ def _around(group: UlyssesGroup, attention: Callable[..., Tensor], call: Call, p
         told = f"the attention callable failed with {type(error).__name__}: {error}"
         group.refuse(error if isinstance(error, UlyssesError) else ExchangeError(told))
         raise
-    result = halves.exchange_out(
-        out.transpose(0, 1),
-        group.name,
-        problem.heads,
-        problem.kv_heads,
-        problem.head_dim,
-        list(problem.lens),
-        problem.causal,
-    )
-    return result if around.out_weight is None else F.linear(result.flatten(2), around.out_weight, around.out_bias)
+    return out
