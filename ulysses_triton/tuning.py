@@ -181,7 +181,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )  # fmt: skip
     parser.add_argument("--heads", metavar="HQ:HKV", help="query and kv heads of one rank (default: 8:2)")
     parser.add_argument("--chunks", metavar="HQ:HKV", help="also layers of a model with so many heads, on all ranks")
-    parser.add_argument("--exchange", choices=EXCHANGES, default="auto", help="of those layers (default: %(default)s)")
+    of_no_mesh = [name for name in EXCHANGES if name != "two_hop"]
+    parser.add_argument("--exchange", choices=of_no_mesh, default="auto", help="of those layers (default: %(default)s)")
     parser.add_argument("--budget", metavar="SECONDS", type=float, help="begin nothing after so long (default: no end)")
     parser.add_argument("--again", action="store_true", help="also what is done already")
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="in place of the user's cache folder")
