@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from ulysses_triton import api, chunk_cache, chunk_tuner, cli, cost, op, run_virtual, tuning, ulysses_attention, verify
 from ulysses_triton.call import Call, describe
+from ulysses_triton.case import Case
 from ulysses_triton.chunk_cache import Entry, Key
 from ulysses_triton.errors import OptionError
 from ulysses_triton.kernels import _cache, _config
@@ -258,8 +259,19 @@ def test_a_dry_run_goes_through_all_of_it(tmp_path: Path) -> None:
         assert re.search(said, process.stderr), process.stderr
 
 
-def test_one_rank_has_nothing_to_hide(capsys: pytest.CaptureFixture[str]) -> None:
+def refuse(case: Case, device: str) -> None:
+    raise OptionError(f"{case.heads} heads on {case.ranks} ranks")
+
+
+def test_wrong_use_is_found_before_anything_is_timed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert cli.main(["tune", "--chunks", "8:2"]) == 2
     assert "--chunks needs the ranks" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(Case, "check", refuse)
+    assert cli.main(["tune", "--chunks", "8:2"]) == 2
+    assert "8 heads on 2 ranks" in capsys.readouterr().err
     with pytest.raises(OptionError, match="--chunks 8:3: 8 query heads cannot share 3 kv heads"):
         tuning._heads("--chunks", "8:3")

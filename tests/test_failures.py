@@ -26,8 +26,8 @@ from ulysses_triton.group import _GROUPS
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the benches are in no package that is installed
 
-from bench import _faults  # noqa: E402
-from bench._faults import FAULTS, LOST, RANKS, goes_on, happen  # noqa: E402
+from bench import _faults, faults  # noqa: E402
+from bench._faults import FAULTS, LOST, RANKS, Seen, goes_on, happen  # noqa: E402
 
 sys.path.remove(str(ROOT))  # where `kernels` would pass for another project's package
 
@@ -162,6 +162,15 @@ def test_survivors_over_nccl(fault, when, chunks):
 
     holds("nccl", fault, when, run_virtual(RANKS, work, chunks=chunks, timeout=seconds))
     assert not nccl.living and nccl.mismatch is None
+
+
+def test_the_bench_says_what_does_not_hold():
+    fine = [Seen("ExchangeError", "", 3.0, "")] * 4
+    assert faults._why_not(fine, 4.0) == ""
+    assert faults._why_not(fine[1:], 4.0) == "1 without an answer, or a new group that works"
+    assert faults._why_not([], 4.0).startswith("4 without an answer")
+    wrong = [*fine[2:], Seen("", "", 4.5, ""), Seen("ExchangeError", "", 4.25, "")]
+    assert faults._why_not(wrong, 4.0) == "1 without an error; 2 after more than 4 s: 4.50"
 
 
 def test_a_killed_peer_that_nccl_reports_is_found_at_once():

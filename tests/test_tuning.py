@@ -771,7 +771,7 @@ def test_nothing_is_timed_in_a_call() -> None:
 
     of_a_call = reached("api", set()) | reached("shard", set())
     assert {"executor", "kernels._config", "kernels.attend_backward"} <= of_a_call
-    assert not of_a_call & {"machine", "trial", "trial_options", "tuner", "tuning", "verify", "cli"}
+    assert not of_a_call & {"chunk_tuner", "machine", "trial", "trial_options", "tuner", "tuning", "verify", "cli"}
     for name in of_a_call - {"tracing"}:  # which is the user's own `with trace()`: test_off_it_is_one_attribute
         assert "enable_timing" not in known[name].read_text(), absolute(name)
     assert "tuner" in reached("tuning", set())

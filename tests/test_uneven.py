@@ -47,6 +47,7 @@ def uneven(draw: st.DrawFn, ranks: int, attentions: tuple[str, ...] = ("referenc
         dim=dim,
         value_dim=dim if base.fused or base.attention == "aten" else min(base.value_dim, 24),
         rope=min(base.rope, dim // 2 * 2),
+        slopes=base.slopes and base.dtype in ("fp32", "fp64"),  # at such distances only few bits of bf16 are right
         batch=1 if tokens > 300 else base.batch,
         window=base.window and tuple(n * draw(st.sampled_from([1, 20])) if n > 0 else n for n in base.window),
     )
@@ -118,10 +119,9 @@ def test_40_heads_on_16_ranks(causal):
     assert torch.equal(joined(case, results)["out"], joined(case.on(1), virtually(case.on(1)))["out"])
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("ranks", [2, 5])
+@pytest.mark.parametrize(("dtype", "ranks"), [("fp32", 2), ("bf16", 5)])
 def test_forward_of_the_kernels_is_the_same_bits_for_every_number_of_ranks(dtype, ranks):
-    case = Case((2 * QUERY_TILE + 30,), 3, 1, dim=16, dtype=dtype, attention="triton", return_lse=True)
+    case = Case((QUERY_TILE + 30,), 3, 1, dim=16, dtype=dtype, attention="triton", return_lse=True)
     one, many = (joined(c, virtually(c)) for c in (case, case.on(ranks)))
     assert all(torch.equal(one[name], many[name]) for name in ("out", "lse", "dq"))
 
@@ -154,7 +154,7 @@ def test_options(pool, options, heads):
 
 @pytest.mark.parametrize("options", ["window, softcap", "dropout, sinks, ALiBi, LSE", "documents, predicate", "fused"])
 def test_options_of_the_kernels(options):
-    case = Case((200, 0, QUERY_TILE - 150), 4, 2, attention="triton", **OPTIONS[options])
+    case = Case((200, 0, QUERY_TILE - 150), 2, 1, attention="triton", **OPTIONS[options])
     check(case, virtually(case))
     check(case, virtually(replace(case, chunks=2)))
 

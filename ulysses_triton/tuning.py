@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from . import chunk_cache, chunk_tuner, tuner
-from .case import DTYPES
+from .case import DTYPES, Case
 from .errors import ExchangeError, OptionError
 from .group import EXCHANGES, UlyssesGroup
 from .kernels import _cache, _config
@@ -180,7 +181,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )  # fmt: skip
     parser.add_argument("--heads", metavar="HQ:HKV", help="query and kv heads of one rank (default: 8:2)")
     parser.add_argument("--chunks", metavar="HQ:HKV", help="also layers of a model with so many heads, on all ranks")
-    parser.add_argument("--exchange", choices=EXCHANGES, default="auto", help="of those layers (default: %(default)s)")
+    of_no_mesh = [name for name in EXCHANGES if name != "two_hop"]
+    parser.add_argument("--exchange", choices=of_no_mesh, default="auto", help="of those layers (default: %(default)s)")
     parser.add_argument("--budget", metavar="SECONDS", type=float, help="begin nothing after so long (default: no end)")
     parser.add_argument("--again", action="store_true", help="also what is done already")
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="in place of the user's cache folder")
@@ -207,12 +209,14 @@ def command(arguments: argparse.Namespace) -> int:
     keys = keys_of(*shapes)
     heads = _heads("--heads", arguments.heads or ("2:1" if dry else "8:2"))
     model_heads = _heads("--chunks", arguments.chunks) if arguments.chunks else None
+    if model_heads is not None:  # what these ranks cannot divide is found out first
+        Case(tokens=ranks, heads=model_heads[0], kv_heads=model_heads[1], ranks=ranks).check("cpu")
     machine = dry_machine() if dry else gpu_machine()
     folder = arguments.out or _cache.user_folder()
     if folder is None:
         raise OptionError(f"the user's cache needs platformdirs: pip install it, or name a folder in {_cache.FOLDER}")
     again, budget = arguments.again, arguments.budget
-    with joined(machine.device):
+    with joined(machine.device if model_heads else torch.device("cpu")):
         begin = time.monotonic()
         left = tune_everywhere(keys, machine, folder, heads, again=again, budget=budget)
         files, count = [f"{_cache.slug(machine.gpu)}.json"], len(keys)
