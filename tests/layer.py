@@ -314,8 +314,9 @@ def check(case: Case, results: list[dict[str, Tensor]]) -> None:
         size = max(want.norm().item(), nearly_zero, 1e-30)
         error = (result[finite].double() - want).norm().item() / size
         allowed = TOLERANCE.get(case.dtype, FLOOR)
-        if name in SHARES and sum(case.lens) > 100:  # sums over all tokens, of which most may cancel
-            allowed *= 10
+        if sum(case.lens) > 100 and not low:
+            allowed *= 10 if name in SHARES else 1  # sums over all tokens, of which most may cancel
+            allowed *= 10 if case.slopes else 1  # scores of hundreds, in which ulps are as much larger
         if low:
             held = name if name in peer and name not in ("dsinks", "dslopes") else "dq"
             peer_error = (peer[held].double() - exact[held])[exact[held].isfinite()].norm().item()
