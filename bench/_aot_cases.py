@@ -12,12 +12,14 @@ import triton.language as tl
 from ulysses_triton.kernels._blocks import BLOCK
 from ulysses_triton.kernels._documents import documents
 from ulysses_triton.kernels._views import (
+    CUT,
     Blocks,
     Dropout,
     HeadGrads,
     HeadMap,
     Options,
     ORows,
+    Part,
     Predicate,
     QKVRows,
     Span,
@@ -46,23 +48,31 @@ ATTENTION = {
     "bf16 D=128 softcap": {"softcap": 50.0},
     "bf16 D=128 window softcap": {"window": (128, 0), "softcap": 50.0},
     "bf16 D=128 partial": {"partial": True},
+    "bf16 D=128 start": {"start": True},
+    "bf16 D=128 part": {"part": True},
+    "bf16 D=128 part start": {"part": True, "start": True, "partial": True},
+    "bf16 D=128 part window": {"part": True, "window": (128, 0)},
     "bf16 D=32 causal": {"D": 32},
     "bf16 D=64 causal": {"D": 64},
     "bf16 D=64 dense": {"D": 64, "causal": False},
     "bf16 D=64 window": {"D": 64, "window": (128, 0)},
     "bf16 D=64 softcap": {"D": 64, "softcap": 50.0},
+    "bf16 D=64 part": {"D": 64, "part": True},
     "bf16 D=96 causal": {"D": 96},
     "bf16 D=192/128 causal": {"D": 192, "Dv": 128},
     "bf16 D=256 causal": {"D": 256},
     "bf16 D=256 dense": {"D": 256, "causal": False},
     "bf16 D=256 window": {"D": 256, "window": (128, 0)},
     "bf16 D=256 softcap": {"D": 256, "softcap": 50.0},
+    "bf16 D=256 part": {"D": 256, "part": True},
     "fp16 D=128 causal": {"dtype": torch.float16},
     "fp32 D=64 causal": {"dtype": torch.float32, "D": 64},
     "fp32 D=128 causal": {"dtype": torch.float32},
+    "fp32 D=128 part": {"dtype": torch.float32, "part": True},
     "fp32 D=128 window softcap": {"dtype": torch.float32, "window": (128, 0), "softcap": 50.0},
     "fp32 D=256 causal": {"dtype": torch.float32, "D": 256},
     **{f"bf16 D={D} {name}": {"D": D, **options} for D in (64, 128, 256) for name, options in OTHERS.items()},
+    "bf16 D=128 part everything": {"part": True, **OTHERS["everything"]},
 }
 TRANSFORMS = {  # of q and k in pack and unpack_grad; rope as a share of the channels
     "half": {"rope": 1.0, "norm": True},
@@ -92,14 +102,18 @@ def attention_case(
     dtype: torch.dtype = torch.bfloat16, *, D: int = 128, Dv: int | None = None, causal: bool = True, S: int = 512,
     hq: int = 4, hkv: int = 2, lse: bool = True, partial: bool = False, padding: int = 16,
     window: tuple[int, int] | None = None, softcap: float | None = None, also: str = "",
+    part: bool = False, start: bool = False,
 ) -> tuple[Callable[[], None], Callable[[], None]]:  # fmt: skip
     """Forward and backward of one attention over packed rows, as callables; `partial` asks for dk and dv in fp32.
 
-    `also` names what of `_others` is on.
+    `also` names what of `_others` is on. `part`: the rows are a part of a longer sequence; `start`: there are sums that
+    dk and dv start from.
     """
     Dv = Dv or D
     options = Options(D**-0.5, causal, HeadMap(hq // hkv, 0), window, softcap)
     options = options._replace(**{k: v for k, v in _others(S, hq, hkv).items() if k in also.split()})
+    if part:
+        options = options._replace(part=Part(CUT, CUT + S, CUT + S))
     head_grads = HeadGrads(options.sinks, options.slopes)
 
     def packed(heads: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
@@ -112,11 +126,13 @@ def attention_case(
     dk, dv = packed(hkv, D, sum_dtype), packed(hkv, Dv, sum_dtype)
     stat, delta = torch.empty(hq, 1, S), packed(hq, 1, torch.float32)[..., 0]
 
+    sums = (torch.empty(hkv, 1, S, D), torch.empty(hkv, 1, S, Dv)) if start else None
+
     def forward() -> None:
         attend_forward(q, k, v, [Span(0, (o, None))], stat if lse else None, options)
 
     def backward() -> None:
-        attend_backward(q, k, v, o, stat, delta, [Span(0, (q,))], [Span(0, (dk, dv))], options, head_grads)
+        attend_backward(q, k, v, o, stat, delta, [Span(0, (q,))], [Span(0, (dk, dv))], options, head_grads, sums)
 
     return forward, backward
 

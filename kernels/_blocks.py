@@ -104,6 +104,12 @@ def _touched(low: Tensor, high: Tensor, n_k: int, block: int) -> Tensor:
     return change.cumsum(-1)[..., :n_k] > 0
 
 
+def within(status: Tensor, queries: range, *, block: int = BLOCK) -> Tensor:
+    """`status` of some queries, a `Part`: the blocks of all others are empty."""
+    begin = torch.arange(status.size(2), device=status.device)[:, None] * block
+    return status * ((begin >= queries.start) & (begin < queries.stop))
+
+
 def lists(status: Tensor, heads: HeadMap, hq: int, hkv: int) -> Blocks:
     """The blocks that are not empty in both orders; `status` [1 or B, 1 or hq, n_q, n_k] is of the local heads."""
     B, _, n_q, n_k = status.shape

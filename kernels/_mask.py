@@ -1,11 +1,11 @@
 """Which pairs (query, key) are attended, which tiles hold any, and the order in which tiles are launched.
 
-Positions count tokens of the whole sequence from 0. Dense: every key. Causal: query i attends the keys j <= i, also
-when there are more keys than queries or fewer (top-left alignment, as in PyTorch's SDPA). Window: query i attends the
-keys i - left <= j <= i + right; a causal window has right = 0. Documents: a query attends the keys of its own document
-only, and where documents begin at other positions among the keys, i above is its place counted from there
-(`_documents`). A user's predicate is asked on top of these. Blocks: all of these together, as lists of tiles made ahead
-(`_blocks`).
+Positions count tokens of the whole sequence from 0, also where q and k hold a part of it (`rows_held`). Dense: every
+key. Causal: query i attends the keys j <= i, also when there are more keys than queries or fewer (top-left alignment,
+as in PyTorch's SDPA). Window: query i attends the keys i - left <= j <= i + right; a causal window has right = 0.
+Documents: a query attends the keys of its own document only, and where documents begin at other positions among the
+keys, i above is its place counted from there (`_documents`). A user's predicate is asked on top of these. Blocks: all
+of these together, as lists of tiles made ahead (`_blocks`).
 
 A tile of queries x keys is *full* when every pair in it is attended, *partial* when some are; other tiles are skipped.
 The kernels run one loop helper over the full tiles and again over the partial ones, where it asks `keep`. Those of a
@@ -42,11 +42,21 @@ class Flags(NamedTuple):
     softcap: bool
     alibi: bool
     dropout: bool
+    part: bool
 
     @property
     def gaps(self) -> bool:
         """Whether partial tiles lie on both sides of the full ones."""
         return self.window or self.documents
+
+
+@triton.jit
+def rows_held(start, n_rows, n_keys, S, Sk, HAS: tl.constexpr):
+    """The query in the first row of q, and how many rows q and k have."""
+    if HAS.part:
+        return start, n_rows, n_keys
+    else:
+        return 0, S, Sk
 
 
 @triton.jit
@@ -178,6 +188,21 @@ def tile_range_keys(
     if HAS.blocks:
         full, full_end, begin, end, tiles_ptr = _listed(blocks, i_row)
     return full, full_end, begin, end, tiles_ptr
+
+
+@triton.jit
+def within(full, full_end, begin, end, start, stop, HAS: tl.constexpr):
+    """Of the ranges of `tile_range_keys`, what lies in the queries `start .. stop - 1`; lists hold no others."""
+    if not HAS.blocks:
+        if HAS.gaps:
+            end += full_end - full
+        full = tl.minimum(tl.maximum(full, start), stop)
+        full_end = tl.minimum(tl.maximum(full_end, start), stop)
+        begin = tl.minimum(tl.maximum(begin, start), stop)
+        end = tl.minimum(tl.maximum(end, start), stop)
+        if HAS.gaps:
+            end -= full_end - full
+    return full, full_end, begin, end
 
 
 @triton.jit

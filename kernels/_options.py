@@ -13,7 +13,8 @@ from ._mask import Flags
 from ._scores import scales
 from ._views import Options
 
-NUMBERS = ["first_head", "left", "right", "seed_low", "seed_high", "threshold", "stride_rb", "stride_rh"]
+NUMBERS = ["S", "Sk", "start", "n_rows", "n_keys", "first_head", "left", "right", "seed_low", "seed_high", "threshold",
+           "stride_rb", "stride_rh"]  # fmt: skip
 
 
 def flags(options: Options) -> Flags:
@@ -28,14 +29,17 @@ def flags(options: Options) -> Flags:
         softcap=options.softcap is not None,
         alibi=options.slopes is not None,
         dropout=options.dropout is not None,
+        part=options.part is not None,
     )
 
 
-def arguments(options: Options, S: int, Sk: int, *, keys: bool = False) -> dict[str, Any]:
+def arguments(options: Options, n_rows: int, n_keys: int, *, keys: bool = False) -> dict[str, Any]:
     """The arguments that say which attention it is, for a kernel that holds query tiles, or with `keys` key tiles.
 
-    A side of the window without a bound gets one that no pair reaches.
+    q has `n_rows` rows and k `n_keys`. A side of the window without a bound gets one that no pair reaches.
     """
+    S, Sk = options.lengths(n_rows, n_keys)
+    part = (None, None, None) if options.part is None else (options.queries(n_rows).start, n_rows, n_keys)
     left, right = options.bounds
     blocks, predicate = options.blocks, options.predicate
     lists = () if blocks is None else blocks[2:] if keys else blocks[:2]
@@ -43,6 +47,9 @@ def arguments(options: Options, S: int, Sk: int, *, keys: bool = False) -> dict[
     return {
         **scales(options),
         **_dropout.arguments(options.dropout),
+        "S": S,
+        "Sk": Sk,
+        **dict(zip(("start", "n_rows", "n_keys"), part, strict=True)),
         "group": options.heads.group,
         "offset": options.heads.offset,
         "first_head": options.heads.first,

@@ -23,7 +23,7 @@ from ._mask import BLOCK as LISTED
 from ._predicate import evaluate
 from ._views import HeadGrads, HeadMap, Options, Span
 
-BLOCK = 256  # queries computed at once
+BLOCK = 256  # queries computed at once; a divisor of `CUT`, so that parts are computed in the blocks of the whole
 
 Keys: TypeAlias = "slice | Tensor"  # some keys: a range, or positions in ascending order
 
@@ -32,15 +32,16 @@ def attend_forward(
     q: Tensor, k: Tensor, v: Tensor, out: Sequence[Span], lse: Tensor | None, options: Options
 ) -> None:  # fmt: skip
     """Twin of `attend_forward.attend_forward`; fp64 is allowed too, with an LSE of fp64 then."""
-    S, B, hq, _ = q.shape
-    dtype = math_dtype(q)
+    n, B, hq, _ = q.shape
+    dtype, reach = math_dtype(q), _reach(n, len(k), options)
     for b in range(B):
         for j, group in _kv_heads(k, hq, options.heads):
-            k_j, v_j = _fresh(k[:, b, j], dtype), _fresh(v[:, b, j], dtype)  # [Sk, D], [Sk, Dv]
+            k_j, v_j = _fresh(k[:, b, j], dtype, reach), _fresh(v[:, b, j], dtype, reach)  # [reach, D], [reach, Dv]
             for h in group:
-                for start, stop, keys in query_blocks(S, len(k), options, b, h):
+                for start, stop, keys in query_blocks(n, reach, options, b, h):
                     at = _Block(options, b, h, start, stop, keys, k)
-                    q_i = _fresh(q[start:stop, b, h], dtype)  # [rows, D]
+                    rows = at.rows(n)
+                    q_i = _fresh(q[rows, b, h], dtype)  # [rows, D]
                     s = at.masked(at.scores((q_i @ k_j[keys].mT).mul_(options.scale)))  # [rows, keys]
                     m = s.amax(1, keepdim=True) if s.size(1) else s.new_full((len(s), 1), -torch.inf)  # [rows, 1]
                     m = m if options.sinks is None else m.clamp(min=options.sinks[h])
@@ -50,10 +51,10 @@ def attend_forward(
                     total = total if options.sinks is None else total + (options.sinks[h] - m).exp()
                     o = (at.dropped(p) @ v_j[keys]) / torch.where(total == 0, 1, total)  # [rows, Dv]
                     stat = (total.log() + m)[:, 0]  # [rows]
-                    _store(out, 0, b, h, start, o)
-                    _store(out, 1, b, h, start, stat)
+                    _store(out, 0, b, h, rows.start, o)
+                    _store(out, 1, b, h, rows.start, stat)
                     if lse is not None:
-                        lse[h, b, start:stop] = stat
+                        lse[h, b, rows] = stat
 
 
 def attend_backward(
@@ -61,23 +62,24 @@ def attend_backward(
     options: Options, heads: HeadGrads | None = None, start: tuple[Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Twin of `attend_backward.attend_backward`; fp64 is allowed too, with LSE, delta and start of fp64 then."""
-    S, B, hq, _ = q.shape
-    dtype = math_dtype(q)
+    n, B, hq, _ = q.shape
+    dtype, reach = math_dtype(q), _reach(n, len(k), options)
     d_sinks, d_slopes = heads or HeadGrads()
     for total in (d_sinks, d_slopes):
         if total is not None:
             total.zero_()
     for b in range(B):
         for j, group in _kv_heads(k, hq, options.heads):
-            k_j, v_j = _fresh(k[:, b, j], dtype), _fresh(v[:, b, j], dtype)  # [Sk, D], [Sk, Dv]
+            k_j, v_j = _fresh(k[:, b, j], dtype, reach), _fresh(v[:, b, j], dtype, reach)  # [reach, D], [reach, Dv]
             dk, dv = torch.zeros_like(k_j), torch.zeros_like(v_j)
             for h in group:
-                for first, stop, keys in query_blocks(S, len(k), options, b, h):
+                for first, stop, keys in query_blocks(n, reach, options, b, h):
                     at = _Block(options, b, h, first, stop, keys, k)
-                    q_i, do_i = _fresh(q[first:stop, b, h], dtype), _fresh(do[first:stop, b, h], dtype)
-                    lse_i = _fresh(lse[h, b, first:stop], dtype)  # [rows]
+                    rows = at.rows(n)
+                    q_i, do_i = _fresh(q[rows, b, h], dtype), _fresh(do[rows, b, h], dtype)
+                    lse_i = _fresh(lse[h, b, rows], dtype)  # [rows]
                     lse_i = torch.where(lse_i == -torch.inf, torch.inf, lse_i)  # a row without keys: P = 0
-                    delta_i = _fresh(delta[first:stop, b, h], dtype)  # [rows]
+                    delta_i = _fresh(delta[rows, b, h], dtype)  # [rows]
                     s = (q_i @ k_j[keys].mT).mul_(options.scale)  # [rows, keys]
                     slope = _slope(s, options)
                     p = at.masked(at.scores(s)).sub_(lse_i[:, None]).exp_()
@@ -90,8 +92,8 @@ def attend_backward(
                     if slope is not None:
                         ds.mul_(slope)
                     _add(dk, keys, ds.mT, q_i)
-                    _store(dq, 0, b, h, first, (ds @ k_j[keys]).mul_(options.scale))
-            dk.mul_(options.scale)
+                    _store(dq, 0, b, h, rows.start, (ds @ k_j[keys]).mul_(options.scale))
+            dk, dv = dk[: len(k)].mul_(options.scale), dv[: len(k)]
             if start is not None:
                 dk += start[0][j, b]
                 dv += start[1][j, b]
@@ -104,6 +106,11 @@ class _Block:
 
     def __init__(self, options: Options, b: int, h: int, start: int, stop: int, keys: Keys, k: Tensor) -> None:
         self.options, self.b, self.h, self.start, self.stop, self.keys, self.k = options, b, h, start, stop, keys, k
+
+    def rows(self, n: int) -> slice:
+        """Where these queries lie among the `n` rows of q."""
+        first = self.options.queries(n).start
+        return slice(self.start - first, self.stop - first)
 
     @cached_property
     def q_pos(self) -> Tensor:
@@ -172,17 +179,24 @@ def _bounded(s: Tensor, start: int, first: int, left: int, right: int) -> None:
         corner.masked_fill_(torch.ones_like(corner, dtype=torch.bool).tril_(start - left - first - 1), -torch.inf)
 
 
-def query_blocks(S: int, Sk: int, options: Options, b: int = 0, h: int = 0) -> Iterator[tuple[int, int, Keys]]:
-    """First query, one past the last, and keys among which are all that any of them attends."""
+def _reach(n_rows: int, n_keys: int, options: Options) -> int:
+    """The keys that are computed with: those there are and, in a part, as many behind them as listed blocks reach."""
+    return min(options.lengths(n_rows, n_keys)[1], -(-n_keys // LISTED.value) * LISTED.value)
+
+
+def query_blocks(n: int, Sk: int, options: Options, b: int = 0, h: int = 0) -> Iterator[tuple[int, int, Keys]]:
+    """First of the queries in `n` rows, one past the last, and keys among which are all that any of them attends."""
     left, right = options.bounds
+    queries = options.queries(n)
     if options.blocks is not None:
-        yield from _listed_blocks(S, Sk, options, b, h)
+        yield from _listed_blocks(queries, Sk, options, b, h)
         return
-    starts = range(0, S, BLOCK)
+    S = queries.stop
+    starts = range(queries.start, S, BLOCK)
     first = [0 if left < 0 else start - left for start in starts]
     end = [Sk if right < 0 else min(start + BLOCK, S) + right for start in starts]
     if options.documents is not None:
-        _, lo, hi, _, spot = options.documents.q[:, b].long()
+        _, lo, hi, _, spot = options.documents.q[:, b, queries.start : S].long()
         lo = lo if left < 0 else torch.maximum(lo, spot - left)
         hi = hi if right < 0 else torch.minimum(hi, spot + right + 1)
         some = lo < hi
@@ -193,23 +207,27 @@ def query_blocks(S: int, Sk: int, options: Options, b: int = 0, h: int = 0) -> I
         yield start, min(start + BLOCK, S), slice(a, max(a, min(Sk, z)))
 
 
-def _listed_blocks(S: int, Sk: int, options: Options, b: int, h: int) -> Iterator[tuple[int, int, Keys]]:
+def _listed_blocks(queries: range, Sk: int, options: Options, b: int, h: int) -> Iterator[tuple[int, int, Keys]]:
     assert options.blocks is not None
     rows, tiles = options.blocks.q_rows, options.blocks.q_tiles
     row = rows[b if rows.size(0) > 1 else 0, h if rows.size(1) > 1 else 0]
     inside = torch.arange(LISTED.value, device=tiles.device)
-    for i, (begin, _, end) in enumerate(row.tolist()):
-        start = i * LISTED.value
+    for start in queries[:: LISTED.value]:
+        begin, _, end = row[start // LISTED.value].tolist()
         keys = (tiles[begin:end].long().sort().values[:, None] * LISTED.value + inside).flatten()
-        yield start, min(start + LISTED.value, S), keys[keys < Sk]
+        yield start, min(start + LISTED.value, queries.stop), keys[keys < Sk]
 
 
 def math_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _fresh(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
+def _fresh(x: Tensor, dtype: torch.dtype, rows: int | None = None) -> Tensor:
+    """A copy of `x`, with zeros behind it up to so many rows."""
+    found = torch.empty((len(x) if rows is None else rows, *x.shape[1:]), dtype=dtype, device=x.device)
+    found[: len(x)].copy_(x)
+    found[len(x) :].zero_()
+    return found
 
 
 def _kv_heads(k: Tensor, hq: int, heads: HeadMap) -> Iterator[tuple[int, range]]:

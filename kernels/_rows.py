@@ -43,19 +43,22 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 
 @triton.jit
-def batch_rows(rows, stride_n, stride_b, stride_h, i_b, UNIT: tl.constexpr):
-    """The rows of a view in one batch entry, as `head_rows` takes them; `rows` is a pointer or a descriptor."""
+def batch_rows(rows, stride_n, stride_b, stride_h, i_b, UNIT: tl.constexpr, start=0):
+    """The rows of a view in one batch entry, as `head_rows` takes them; `rows` is a pointer or a descriptor.
+
+    The first of them is row number `start`.
+    """
     if isinstance(rows, tl.tensor_descriptor):
-        return rows, i_b.to(tl.int32)
+        return rows, i_b.to(tl.int32), start
     else:
-        return rows + i_b * stride_b * UNIT, stride_n, stride_h
+        return rows + (i_b * stride_b - start * tl.cast(stride_n, tl.int64)) * UNIT, stride_n, stride_h
 
 
 @triton.jit
 def head_rows(rows, i_h, UNIT: tl.constexpr):
     """The rows of a head, as `load_rows` takes them."""
     if isinstance(rows[0], tl.tensor_descriptor):
-        return rows[0], rows[1], i_h.to(tl.int32)
+        return rows[0], rows[1], i_h.to(tl.int32), rows[2]
     else:
         return rows[0] + i_h.to(tl.int64) * rows[2] * UNIT, rows[1]
 
@@ -70,7 +73,7 @@ def load_rows(
     A descriptor knows where the rows end; by pointers `n_rows` is asked only if MASKED.
     """
     if isinstance(rows[0], tl.tensor_descriptor):
-        return rows[0].load([rows[1], rows[2], i_row, 0]).reshape([ROWS, BLOCK])
+        return rows[0].load([rows[1], rows[2], i_row - rows[3], 0]).reshape([ROWS, BLOCK])
     else:
         return _load_rows(rows[0], i_row + tl.arange(0, ROWS), n_rows, rows[1], UNIT, MASKED, D, BLOCK)
 

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -20,6 +20,15 @@ from torch import Tensor
 Place = tuple[int, torch.Size, tuple[int, ...], torch.dtype]  # pointer, shape, strides, dtype
 TABLES = 4096  # that each kind of pass keeps
 _Made = TypeVar("_Made")
+
+
+class Units(NamedTuple):
+    """What programs of a pass do: a row each in a table, for as many blocks of tokens as the longest one has."""
+
+    number: int
+    tokens: int  # that the longest one has
+    table: Tensor
+    unit: int  # of its strides, in elements
 
 
 @triton.jit
@@ -64,6 +73,12 @@ def heads(view: Place, unit: int) -> Iterator[tuple[int, int, int]]:
     token, batch, head = (s if n > 1 else 0 for n, s in zip(shape[:3], stride[:3], strict=True))
     for i in range(shape[2]):
         yield ptr + i * head * dtype.itemsize, token // unit, batch // unit
+
+
+def holds(view: Place, token: int, tokens: int, batch: int) -> bool:
+    """Whether the rows of a view may be those of `token` and what follows, of so many tokens."""
+    n, in_batch = view[1][:2]
+    return 0 <= token <= tokens - n and in_batch == batch
 
 
 def common_unit(views: Iterable[Place], unit: int) -> int:

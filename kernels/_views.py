@@ -15,20 +15,24 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+CUT = 256  # queries: parts begin and end at multiples, which every tile divides
+
 
 class QKVRows(NamedTuple):
     """The q, k and v heads (or their gradients) that one rank works on, for a range of tokens.
 
-    `k` and `v` may cover other tokens than `q` (cross-attention). As gradients, `k` and `v` may be fp32 where `q` is
-    bf16 or fp16: partial sums of a kv head that several ranks worked on. Both have no heads where k and v
-    of the kv head lie elsewhere.
+    `k` and `v` may cover other tokens than `q`: of another sequence (cross-attention), or because the rank works on
+    some of my queries and needs all keys that they attend. As gradients, `k` and `v` may be fp32 where `q` is bf16 or
+    fp16: partial sums of a kv head that several ranks worked on. Either side has no heads where it lies elsewhere.
     """
 
-    q: Tensor  # [L, B, hq, D]
-    k: Tensor  # [Lk, B, hkv, D]
-    v: Tensor  # [Lk, B, hkv, Dv]
+    q: Tensor  # [n, B, hq, D]
+    k: Tensor  # [nk, B, hkv, D]
+    v: Tensor  # [nk, B, hkv, Dv]
     q_head: int  # the model's query head that lies first
     kv_head: int  # the model's kv head that lies first
+    q_token: int = 0  # the token of my shard that lies first in q
+    kv_token: int = 0  # the same of k and v
 
 
 class ORows(NamedTuple):
@@ -37,9 +41,10 @@ class ORows(NamedTuple):
     `stat` is the LSE where O travels back and delta where dO travels in: fp32, fp64 for fp64 rows; None when absent.
     """
 
-    o: Tensor  # [L, B, hq, Dv]
-    stat: Tensor | None  # [L, B, hq]
+    o: Tensor  # [n, B, hq, Dv]
+    stat: Tensor | None  # [n, B, hq]
     q_head: int
+    token: int = 0  # the token of my shard that lies first
 
 
 class Span(NamedTuple):
@@ -114,13 +119,28 @@ class Blocks(NamedTuple):
 
     Row r of `q_rows` belongs to query block r: its partial key blocks are `q_tiles[row[0] : row[1]]`, its full ones
     `q_tiles[row[1] : row[2]]`. Those of a key block are `k_tiles` likewise; there an entry is `head * n_q + query
-    block`, with the local query head and the number of query blocks, ordered by head.
+    block`, with the local query head and the number of query blocks, ordered by head. Of a part (`Part`), blocks are
+    counted in the whole sequence, and lists hold those of its queries only (`_blocks.within`).
     """
 
     q_rows: Tensor  # int32 [1 or B, 1 or hq, n_q, 3]
     q_tiles: Tensor  # int32 [entries]: key blocks, ascending in each part
     k_rows: Tensor  # int32 [1 or B, hkv, n_k, 3]
     k_tiles: Tensor  # int32 [entries]
+
+
+class Part(NamedTuple):
+    """Which queries the rows of q are, where they are not all: tokens `start .. start + len(q) - 1` of `seq`.
+
+    Both ends lie on a multiple of `CUT` or at the end of the sequence. k and v hold the first `len(k)` of `kv_seq`
+    keys, and no query here attends one behind them. Rows, results, LSE and delta are those of the part, counted from 0;
+    masks, their tables and lists, ALiBi and dropout are those of the whole sequence. So are the tiles: every query gets
+    the same bits as in one call.
+    """
+
+    start: int
+    seq: int  # S of the whole sequence
+    kv_seq: int  # Sk of the whole sequence
 
 
 class Options(NamedTuple):
@@ -141,12 +161,25 @@ class Options(NamedTuple):
     dropout: Dropout | None = None
     predicate: Predicate | None = None
     blocks: Blocks | None = None  # the tiles left by all masks together; None for what the ranges of `_mask` leave
+    part: Part | None = None  # None where q, k and v hold all tokens
 
     @property
     def bounds(self) -> tuple[int, int]:
         """(left, right) of the window and the causal mask together, -1 for no bound."""
         left, right = self.window or (-1, -1)
         return left, 0 if self.causal else right
+
+    def queries(self, rows: int) -> range:
+        """The queries that the `rows` rows of q are."""
+        if self.part is None:
+            return range(rows)
+        first, stop = self.part.start, self.part.start + rows
+        assert first % CUT == 0 and (stop % CUT == 0 or stop == self.part.seq), f"a part of queries {first}..{stop}"
+        return range(first, stop)
+
+    def lengths(self, rows: int, keys: int) -> tuple[int, int]:
+        """(S, Sk) of the whole sequence, where q has `rows` rows and k has `keys`."""
+        return (rows, keys) if self.part is None else self.part[1:]
 
     @property
     def flags(self) -> tuple[str, ...]:

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from . import _config
 from ._dropout import stays
-from ._mask import BLOCK, keep, place, tile_at, tile_range, tile_range_keys, tokens
+from ._mask import BLOCK, keep, place, rows_held, tile_at, tile_range, tile_range_keys, tokens, within
 from ._options import NUMBERS, arguments
 from ._rows import (
     DTYPES,
@@ -61,7 +61,7 @@ from ._views import HeadGrads, Options, Span
 
 @triton.jit
 def _dq_keys(
-    b_dq, b_dslope, b_q, b_do, b_lse, b_delta, k, v, i_begin, i_end, full, full_end,
+    b_dq, b_dslope, b_q, b_do, b_lse, b_delta, k, v, n_keys, i_begin, i_end, full, full_end,
     tiles_ptr, m, i_head, o_m, spot_m, doc_m, qk_scale, cap_scale, slope, seed_low, seed_high, threshold, keep_scale,
     MASKED: tl.constexpr, HAS: tl.constexpr, PREDICATE: tl.constexpr, HAS_DSLOPE: tl.constexpr, UNIT: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -71,8 +71,8 @@ def _dq_keys(
     for i in range(i_begin, i_end, BLOCK_N):
         i_n = tile_at(i, full, full_end, tiles_ptr, MASKED, HAS)
         o_n = i_n + tl.arange(0, BLOCK_N)
-        b_k = load_rows(k, i_n, Sk, UNIT, MASKED, D, BLOCK_N, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        b_v = load_rows(v, i_n, Sk, UNIT, MASKED, DV, BLOCK_N, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+        b_k = load_rows(k, i_n, n_keys, UNIT, MASKED, D, BLOCK_N, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        b_v = load_rows(v, i_n, n_keys, UNIT, MASKED, DV, BLOCK_N, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if HAS.softcap:
             b_s, b_slope = tanh(b_s * cap_scale)
@@ -103,36 +103,39 @@ def _dq_keys(
     do_not_specialize=["stride_qn", "stride_qb", "stride_qh", "stride_kn", "stride_kb", "stride_kh",
                        "stride_vn", "stride_vb", "stride_vh", "stride_don", "stride_dob", "stride_doh",
                        "stride_dn", "stride_db", "stride_dh", "stride_dqn", "stride_dqh",
-                       "B", "S", "Sk", "hq", "group", "offset", "n_spans", "section", *NUMBERS]
+                       "B", "hq", "group", "offset", "n_spans", "section", *NUMBERS]
 )  # fmt: skip
 def attend_dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, table_ptr,
     stride_qn, stride_qb, stride_qh, stride_kn, stride_kb, stride_kh, stride_vn, stride_vb, stride_vh,
     stride_don, stride_dob, stride_doh, stride_dn, stride_db, stride_dh, stride_dqn, stride_dqh,
     B, S, Sk, hq, group, offset, n_spans, section, dslope_ptr,
-    first_head, left, right, documents, blocks, stride_rb, stride_rh, captured, slopes_ptr,
+    start, n_rows, n_keys, first_head, left, right, documents, blocks, stride_rb, stride_rh, captured, slopes_ptr,
     seed_low, seed_high, threshold, keep_scale, scale, qk_scale, cap_scale,
     HAS: tl.constexpr, PREDICATE: tl.constexpr, HAS_DSLOPE: tl.constexpr,
     DQ_DTYPE: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    i_tile, i_bh = place(tl.program_id(0), tl.cdiv(S, BLOCK_M), B * hq, section, HAS.causal)
-    i_m = i_tile * BLOCK_M
+    start, n_rows, n_keys = rows_held(start, n_rows, n_keys, S, Sk, HAS)
+    i_tile, i_bh = place(tl.program_id(0), tl.cdiv(n_rows, BLOCK_M), B * hq, section, HAS.causal)
+    i_q = i_tile * BLOCK_M  # a row of q, and the query in it
+    i_m = i_q + start
     i_b = (i_bh // hq).to(tl.int64)
     i_h = (i_bh % hq).to(tl.int64)
     i_kv = (i_h + offset) // group
-    o_m = i_m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    o_q = i_q + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    o_m = o_q + start  # [BLOCK_M]
 
     q = head_rows(batch_rows(q_ptr, stride_qn, stride_qb, stride_qh, i_b, UNIT), i_h, UNIT)
     k = head_rows(batch_rows(k_ptr, stride_kn, stride_kb, stride_kh, i_b, UNIT), i_kv, UNIT)
     v = head_rows(batch_rows(v_ptr, stride_vn, stride_vb, stride_vh, i_b, UNIT), i_kv, UNIT)
     do = head_rows(batch_rows(do_ptr, stride_don, stride_dob, stride_doh, i_b, UNIT), i_h, UNIT)
     delta_ptr += i_b * stride_db + i_h * stride_dh
-    b_q = load_rows(q, i_m, S, UNIT, True, D, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-    b_do = load_rows(do, i_m, S, UNIT, True, DV, BLOCK_M, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
-    b_lse = tl.load(lse_ptr + (i_h * B + i_b) * S + o_m, mask=o_m < S, other=float("inf"))  # [BLOCK_M]
+    b_q = load_rows(q, i_q, n_rows, UNIT, True, D, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    b_do = load_rows(do, i_q, n_rows, UNIT, True, DV, BLOCK_M, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+    b_lse = tl.load(lse_ptr + (i_h * B + i_b) * n_rows + o_q, mask=o_q < n_rows, other=float("inf"))  # [BLOCK_M]
     b_lse = b_lse * 1.4426950408889634  # log2(e)
-    b_delta = tl.load(delta_ptr + o_m.to(tl.int64) * stride_dn, mask=o_m < S, other=0.0)  # [BLOCK_M]
+    b_delta = tl.load(delta_ptr + o_q.to(tl.int64) * stride_dn, mask=o_q < n_rows, other=0.0)  # [BLOCK_M]
 
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_dslope = tl.zeros([BLOCK_M], tl.float32)
@@ -144,24 +147,24 @@ def attend_dq_kernel(
     i_row = i_b * stride_rb + i_h * stride_rh + i_m // BLOCK
     full, full_end, begin, end, tiles_ptr = tile_range(i_m, i_row, m, blocks, HAS, BLOCK_M, BLOCK_N)
     b_dq, b_dslope = _dq_keys(
-        b_dq, b_dslope, b_q, b_do, b_lse, b_delta, k, v, full, full_end, full, full_end,
+        b_dq, b_dslope, b_q, b_do, b_lse, b_delta, k, v, n_keys, full, full_end, full, full_end,
         tiles_ptr, m, first_head + i_h, o_m, spot_m, doc_m, qk_scale, cap_scale, slope,
         seed_low, seed_high, threshold, keep_scale,
         False, HAS, PREDICATE, HAS_DSLOPE, UNIT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     b_dq, b_dslope = _dq_keys(
-        b_dq, b_dslope, b_q, b_do, b_lse, b_delta, k, v, begin, end, full, full_end,
+        b_dq, b_dslope, b_q, b_do, b_lse, b_delta, k, v, n_keys, begin, end, full, full_end,
         tiles_ptr, m, first_head + i_h, o_m, spot_m, doc_m, qk_scale, cap_scale, slope,
         seed_low, seed_high, threshold, keep_scale,
         True, HAS, PREDICATE, HAS_DSLOPE, UNIT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
 
     if HAS_DSLOPE:
-        tl.store(dslope_ptr + (i_h * B + i_b) * S + o_m, b_dslope, mask=o_m < S)
+        tl.store(dslope_ptr + (i_h * B + i_b) * n_rows + o_q, b_dslope, mask=o_q < n_rows)
     b_dq = (b_dq * scale).to(DQ_DTYPE)
-    first, last = span_range(table_ptr, n_spans, i_m, tl.minimum(i_m + BLOCK_M, S))
+    first, last = span_range(table_ptr, n_spans, i_q, tl.minimum(i_q + BLOCK_M, n_rows))
     for i_span in range(first, last):
-        store_rows(table_ptr, i_span, i_b, i_h, o_m, b_dq, stride_dqn, stride_dqh, 0, UNIT, D, BLOCK_D)
+        store_rows(table_ptr, i_span, i_b, i_h, o_q, b_dq, stride_dqn, stride_dqh, 0, UNIT, D, BLOCK_D)
 
 
 @triton.jit
@@ -234,50 +237,54 @@ def _dkv_queries(
     do_not_specialize=["stride_qn", "stride_qb", "stride_qh", "stride_kn", "stride_kb", "stride_kh",
                        "stride_vn", "stride_vb", "stride_vh", "stride_don", "stride_dob", "stride_doh",
                        "stride_dn", "stride_db", "stride_dh", "stride_dkn", "stride_dkh", "stride_dvn", "stride_dvh",
-                       "B", "S", "Sk", "hq", "hkv", "group", "offset", "n_spans", "section", *NUMBERS]
+                       "B", "hq", "hkv", "group", "offset", "n_spans", "section", *NUMBERS]
 )  # fmt: skip
 def attend_dkv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, table_ptr,
     stride_qn, stride_qb, stride_qh, stride_kn, stride_kb, stride_kh, stride_vn, stride_vb, stride_vh,
     stride_don, stride_dob, stride_doh, stride_dn, stride_db, stride_dh, stride_dkn, stride_dkh, stride_dvn, stride_dvh,
     B, S, Sk, hq, hkv, group, offset, n_spans, section,
-    first_head, left, right, documents, blocks, stride_rb, stride_rh, captured, slopes_ptr,
+    start, n_rows, n_keys, first_head, left, right, documents, blocks, stride_rb, stride_rh, captured, slopes_ptr,
     seed_low, seed_high, threshold, keep_scale, scale, qk_scale, cap_scale, start_dk_ptr, start_dv_ptr,
     HAS: tl.constexpr, PREDICATE: tl.constexpr, HAS_START: tl.constexpr,
     DK_DTYPE: tl.constexpr, DV_DTYPE: tl.constexpr, UNIT: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    i_tile, i_bkv = place(tl.program_id(0), tl.cdiv(Sk, BLOCK_N), B * hkv, section, False)
+    start, n_rows, n_keys = rows_held(start, n_rows, n_keys, S, Sk, HAS)
+    i_tile, i_bkv = place(tl.program_id(0), tl.cdiv(n_keys, BLOCK_N), B * hkv, section, False)
     i_n = i_tile * BLOCK_N
     i_b = (i_bkv // hkv).to(tl.int64)
     i_kv = i_bkv % hkv
     o_n = i_n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
 
-    q = batch_rows(q_ptr, stride_qn, stride_qb, stride_qh, i_b, UNIT)
+    # What is of queries is found by query, not by row of q: in the loop a part costs nothing.
+    q = batch_rows(q_ptr, stride_qn, stride_qb, stride_qh, i_b, UNIT, start)
     k = head_rows(batch_rows(k_ptr, stride_kn, stride_kb, stride_kh, i_b, UNIT), i_kv, UNIT)
     v = head_rows(batch_rows(v_ptr, stride_vn, stride_vb, stride_vh, i_b, UNIT), i_kv, UNIT)
-    do = batch_rows(do_ptr, stride_don, stride_dob, stride_doh, i_b, UNIT)
-    lse_ptr += i_b * S
-    delta_ptr += i_b * stride_db
-    b_k = load_rows(k, i_n, Sk, UNIT, True, D, BLOCK_N, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-    b_v = load_rows(v, i_n, Sk, UNIT, True, DV, BLOCK_N, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+    do = batch_rows(do_ptr, stride_don, stride_dob, stride_doh, i_b, UNIT, start)
+    lse_ptr += i_b * n_rows - start
+    delta_ptr += i_b * stride_db - start * tl.cast(stride_dn, tl.int64)
+    b_k = load_rows(k, i_n, n_keys, UNIT, True, D, BLOCK_N, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    b_v = load_rows(v, i_n, n_keys, UNIT, True, DV, BLOCK_N, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
 
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     if HAS_START:  # here and not at the end, where loads beside full accumulators spill
-        o_row = ((i_kv * B + i_b) * Sk + o_n)[:, None]  # [BLOCK_N, 1]
+        o_row = ((i_kv * B + i_b) * n_keys + o_n)[:, None]  # [BLOCK_N, 1]
         o_d, o_dv = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
-        b_dk += tl.load(start_dk_ptr + o_row * D + o_d, mask=(o_n < Sk)[:, None] & (o_d < D), other=0.0)
-        b_dv += tl.load(start_dv_ptr + o_row * DV + o_dv, mask=(o_n < Sk)[:, None] & (o_dv < DV), other=0.0)
+        b_dk += tl.load(start_dk_ptr + o_row * D + o_d, mask=(o_n < n_keys)[:, None] & (o_d < D), other=0.0)
+        b_dv += tl.load(start_dv_ptr + o_row * DV + o_dv, mask=(o_n < n_keys)[:, None] & (o_dv < DV), other=0.0)
         b_dk *= 1.0 / tl.where(scale == 0.0, 1.0, scale)  # the accumulator is multiplied by scale at the end
     m = (i_b, B, S, Sk, left, right, documents, captured)
     doc_n = tokens(m, 1, o_n, Sk, HAS)[0]  # [BLOCK_N]
     i_row = i_b * stride_rb + i_kv * stride_rh + i_n // BLOCK
     full, full_end, begin, end, tiles_ptr = tile_range_keys(i_n, i_row, m, blocks, HAS, BLOCK_M, BLOCK_N)
+    if HAS.part:
+        full, full_end, begin, end = within(full, full_end, begin, end, start, start + n_rows, HAS)
     i_first = tl.maximum(0, i_kv * group - offset)
     n_heads = tl.maximum(0, tl.minimum(hq, (i_kv + 1) * group - offset) - i_first)
-    stride_lh = tl.cast(B, tl.int64) * S
+    stride_lh = tl.cast(B, tl.int64) * n_rows
     if HAS.causal or HAS.gaps or HAS.predicate or HAS.blocks:
         b_dk, b_dv = _dkv_queries(
             b_dk, b_dv, b_k, b_v, q, do, lse_ptr, delta_ptr, stride_dn, stride_dh, stride_lh, i_first, n_heads,
@@ -294,7 +301,7 @@ def attend_dkv_kernel(
 
     b_dk = (b_dk * scale).to(DK_DTYPE)
     b_dv = b_dv.to(DV_DTYPE)
-    first, last = span_range(table_ptr, n_spans, i_n, tl.minimum(i_n + BLOCK_N, Sk))
+    first, last = span_range(table_ptr, n_spans, i_n, tl.minimum(i_n + BLOCK_N, n_keys))
     for i_span in range(first, last):
         store_rows(table_ptr, i_span, i_b, i_kv, o_n, b_dk, stride_dkn, stride_dkh, 0, UNIT, D, BLOCK_D)
         store_rows(table_ptr, i_span, i_b, i_kv, o_n, b_dv, stride_dvn, stride_dvh, 1, UNIT, DV, BLOCK_DV)
@@ -304,7 +311,9 @@ def attend_backward(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, dq: Sequence[Span], dkv: Sequence[Span],
     options: Options, heads: HeadGrads | None = None, start: tuple[Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """Gradients of `attend_forward`, written where they travel from.
+    """Gradients of `attend_forward`, written where they travel from; S and Sk are rows of q and k, as there.
+
+    Of a part, all gradients are those that its queries have.
 
     Args:
         q: `[S, B, hq, D]`, as in the forward.
@@ -321,10 +330,10 @@ def attend_backward(
         start: dk `[hkv, B, Sk, D]` and dv `[hkv, B, Sk, Dv]`, contiguous fp32, of other query heads of these kv heads,
             from which the sums start.
     """
-    (S, B, hq, D), (Sk, _, hkv, _), Dv = q.shape, k.shape, v.shape[-1]
+    (n_rows, B, hq, D), (n_keys, _, hkv, _), Dv = q.shape, k.shape, v.shape[-1]
     heads = heads or HeadGrads()
     assert lse.is_contiguous() and all(x.is_contiguous() for x in start or ())
-    dq, dkv = occupied(dq, S), occupied(dkv, Sk)
+    dq, dkv = occupied(dq, n_rows), occupied(dkv, n_keys)
     u = unit(q, k, v, do, *views_of(dq, 0), *views_of(dkv, 0), *views_of(dkv, 1))
     rows = {"q": (q, "BLOCK_M"), "k": (k, "BLOCK_N"), "v": (v, "BLOCK_N"), "do": (do, "BLOCK_M")}
     shapes: dict[str, Any] = dict(
@@ -332,8 +341,6 @@ def attend_backward(
         delta_ptr=delta,
         **named("d", in_units(delta, 1)),
         B=B,
-        S=S,
-        Sk=Sk,
         hq=hq,
         scale=float(options.scale),
         UNIT=u,
@@ -343,35 +350,36 @@ def attend_backward(
         BLOCK_DV=block(Dv),
     )
     row_bytes = (D + Dv) * q.element_size()
-    dslope = None if heads.slopes is None else torch.empty(hq, B, S, dtype=torch.float32, device=q.device)
+    seq = max(options.lengths(n_rows, n_keys))
+    dslope = None if heads.slopes is None else torch.empty(hq, B, n_rows, dtype=torch.float32, device=q.device)
     if dq:
-        tiles = _config.tiles("attend_dq", q, (D, Dv), max(S, Sk), options.flags)
+        tiles = _config.tiles("attend_dq", q, (D, Dv), seq, options.flags)
         _config.launch(
             attend_dq_kernel,
-            (triton.cdiv(S, tiles["BLOCK_M"]) * B * hq,),
+            (triton.cdiv(n_rows, tiles["BLOCK_M"]) * B * hq,),
             table_ptr=span_table(dq, (u, 1), q.device),
             **named("dq", shared_strides(dq, 0, u)),
             dslope_ptr=dslope,
             HAS_DSLOPE=dslope is not None,
-            **arguments(options, S, Sk),
+            **arguments(options, n_rows, n_keys),
             n_spans=len(dq),
-            section=section(B * hq, Sk * row_bytes // options.heads.group),
+            section=section(B * hq, n_keys * row_bytes // options.heads.group),
             DQ_DTYPE=_dtype(dq, 0),
             **shapes,
             **launched(tiles, u, **rows),
         )
     if dkv:
-        tiles = _config.tiles("attend_dkv", q, (D, Dv), max(S, Sk), options.flags)
+        tiles = _config.tiles("attend_dkv", q, (D, Dv), seq, options.flags)
         _config.launch(
             attend_dkv_kernel,
-            (triton.cdiv(Sk, tiles["BLOCK_N"]) * B * hkv,),
+            (triton.cdiv(n_keys, tiles["BLOCK_N"]) * B * hkv,),
             table_ptr=span_table(dkv, (u, u), q.device),
             **named("dk", shared_strides(dkv, 0, u)),
             **named("dv", shared_strides(dkv, 1, u)),
             hkv=hkv,
-            **arguments(options, S, Sk, keys=True),
+            **arguments(options, n_rows, n_keys, keys=True),
             n_spans=len(dkv),
-            section=section(B * hkv, S * row_bytes * options.heads.group),
+            section=section(B * hkv, n_rows * row_bytes * options.heads.group),
             start_dk_ptr=start[0] if start else None,
             start_dv_ptr=start[1] if start else None,
             HAS_START=start is not None,

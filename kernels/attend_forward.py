@@ -27,7 +27,7 @@ from torch import Tensor
 
 from . import _config
 from ._dropout import stays
-from ._mask import BLOCK, keep, place, tile_at, tile_range, tokens
+from ._mask import BLOCK, keep, place, rows_held, tile_at, tile_range, tokens
 from ._options import NUMBERS, arguments
 from ._rows import (
     DTYPES,
@@ -53,7 +53,7 @@ from ._views import Options, Span
 
 @triton.jit
 def _attend_keys(
-    acc, m_i, l_i, b_q, k, v, i_begin, i_end, full, full_end, tiles_ptr,
+    acc, m_i, l_i, b_q, k, v, n_keys, i_begin, i_end, full, full_end, tiles_ptr,
     m, i_head, o_m, spot_m, doc_m, qk_scale, cap_scale, slope, seed_low, seed_high, threshold,
     MASKED: tl.constexpr, HAS: tl.constexpr, PREDICATE: tl.constexpr, UNIT: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -63,7 +63,7 @@ def _attend_keys(
     for i in range(i_begin, i_end, BLOCK_N):
         i_n = tile_at(i, full, full_end, tiles_ptr, MASKED, HAS)
         o_n = i_n + tl.arange(0, BLOCK_N)
-        b_k = load_rows(k, i_n, Sk, UNIT, MASKED, D, BLOCK_N, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        b_k = load_rows(k, i_n, n_keys, UNIT, MASKED, D, BLOCK_N, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if HAS.softcap:
             b_s = tanh(b_s * cap_scale)[0]
@@ -88,7 +88,7 @@ def _attend_keys(
             stay = stays(i_b, i_head, o_m[:, None], o_n[None, :], seed_low, seed_high, threshold)
             b_p = tl.where(stay, b_p, 0.0)
         acc = acc * alpha[:, None]
-        b_v = load_rows(v, i_n, Sk, UNIT, MASKED, DV, BLOCK_N, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+        b_v = load_rows(v, i_n, n_keys, UNIT, MASKED, DV, BLOCK_N, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
         acc = tl.dot(b_p.to(b_v.dtype), b_v, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_DV]
         m_i = m_new
     return acc, m_i, l_i
@@ -97,30 +97,34 @@ def _attend_keys(
 @triton.jit(
     do_not_specialize=["stride_qn", "stride_qb", "stride_qh", "stride_kn", "stride_kb", "stride_kh",
                        "stride_vn", "stride_vb", "stride_vh", "stride_on", "stride_oh", "stride_ln", "stride_lh",
-                       "B", "S", "Sk", "hq", "group", "offset", "n_spans", "section", *NUMBERS]
+                       "B", "hq", "group", "offset", "n_spans", "section", *NUMBERS]
 )  # fmt: skip
 def attend_forward_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, lse_ptr,
     stride_qn, stride_qb, stride_qh, stride_kn, stride_kb, stride_kh, stride_vn, stride_vb, stride_vh,
     stride_on, stride_oh, stride_ln, stride_lh, B, S, Sk, hq, group, offset, n_spans, section,
-    first_head, left, right, documents, blocks, stride_rb, stride_rh, captured, slopes_ptr, sinks_ptr,
+    start, n_rows, n_keys, first_head, left, right, documents, blocks, stride_rb, stride_rh, captured, slopes_ptr,
+    sinks_ptr,
     seed_low, seed_high, threshold, keep_scale, qk_scale, cap_scale,
     HAS: tl.constexpr, PREDICATE: tl.constexpr, IS_NEGATIVE: tl.constexpr, HAS_SINKS: tl.constexpr,
     HAS_LSE: tl.constexpr, HAS_SPAN_LSE: tl.constexpr,
     OUT_DTYPE: tl.constexpr, UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    i_tile, i_bh = place(tl.program_id(0), tl.cdiv(S, BLOCK_M), B * hq, section, HAS.causal)
-    i_m = i_tile * BLOCK_M
+    start, n_rows, n_keys = rows_held(start, n_rows, n_keys, S, Sk, HAS)
+    i_tile, i_bh = place(tl.program_id(0), tl.cdiv(n_rows, BLOCK_M), B * hq, section, HAS.causal)
+    i_q = i_tile * BLOCK_M  # a row of q, and the query in it
+    i_m = i_q + start
     i_b = (i_bh // hq).to(tl.int64)
     i_h = i_bh % hq
     i_kv = (i_h + offset) // group
-    o_m = i_m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    o_q = i_q + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    o_m = o_q + start  # [BLOCK_M]
 
     q = head_rows(batch_rows(q_ptr, stride_qn, stride_qb, stride_qh, i_b, UNIT), i_h, UNIT)
     k = head_rows(batch_rows(k_ptr, stride_kn, stride_kb, stride_kh, i_b, UNIT), i_kv, UNIT)
     v = head_rows(batch_rows(v_ptr, stride_vn, stride_vb, stride_vh, i_b, UNIT), i_kv, UNIT)
-    b_q = load_rows(q, i_m, S, UNIT, True, D, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    b_q = load_rows(q, i_q, n_rows, UNIT, True, D, BLOCK_M, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     if IS_NEGATIVE:
         b_q = (-b_q.to(tl.float32)).to(b_q.dtype)
 
@@ -138,12 +142,12 @@ def attend_forward_kernel(
     i_row = i_b * stride_rb + i_h * stride_rh + i_m // BLOCK
     full, full_end, begin, end, tiles_ptr = tile_range(i_m, i_row, m, blocks, HAS, BLOCK_M, BLOCK_N)
     acc, m_i, l_i = _attend_keys(
-        acc, m_i, l_i, b_q, k, v, full, full_end, full, full_end, tiles_ptr,
+        acc, m_i, l_i, b_q, k, v, n_keys, full, full_end, full, full_end, tiles_ptr,
         m, first_head + i_h, o_m, spot_m, doc_m, qk_scale, cap_scale, slope, seed_low, seed_high, threshold,
         False, HAS, PREDICATE, UNIT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     acc, m_i, l_i = _attend_keys(
-        acc, m_i, l_i, b_q, k, v, begin, end, full, full_end, tiles_ptr,
+        acc, m_i, l_i, b_q, k, v, n_keys, begin, end, full, full_end, tiles_ptr,
         m, first_head + i_h, o_m, spot_m, doc_m, qk_scale, cap_scale, slope, seed_low, seed_high, threshold,
         True, HAS, PREDICATE, UNIT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
@@ -155,12 +159,12 @@ def attend_forward_kernel(
     b_o = (acc * norm[:, None]).to(OUT_DTYPE)  # [BLOCK_M, BLOCK_DV]
     b_lse = (m_i + tl.math.log2(l_safe)) * 0.6931471805599453  # [BLOCK_M], ln 2; a row without keys has m_i = -inf
     if HAS_LSE:
-        tl.store(lse_ptr + (i_h.to(tl.int64) * B + i_b) * S + o_m, b_lse, mask=o_m < S)
-    first, last = span_range(table_ptr, n_spans, i_m, tl.minimum(i_m + BLOCK_M, S))
+        tl.store(lse_ptr + (i_h.to(tl.int64) * B + i_b) * n_rows + o_q, b_lse, mask=o_q < n_rows)
+    first, last = span_range(table_ptr, n_spans, i_q, tl.minimum(i_q + BLOCK_M, n_rows))
     for i_span in range(first, last):
-        store_rows(table_ptr, i_span, i_b, i_h, o_m, b_o, stride_on, stride_oh, 0, OUT_UNIT, DV, BLOCK_DV)
+        store_rows(table_ptr, i_span, i_b, i_h, o_q, b_o, stride_on, stride_oh, 0, OUT_UNIT, DV, BLOCK_DV)
         if HAS_SPAN_LSE:
-            row, inside = span_rows(table_ptr, i_span, o_m)
+            row, inside = span_rows(table_ptr, i_span, o_q)
             stat_ptr = tl.load(table_ptr + i_span * 6 + 2).to(tl.pointer_type(tl.float32))
             stat_ptr += tl.load(table_ptr + i_span * 6 + 3) * i_b + i_h.to(tl.int64) * stride_lh
             tl.store(stat_ptr + row * stride_ln, b_lse, mask=inside)
@@ -171,6 +175,8 @@ def attend_forward(
 ) -> None:  # fmt: skip
     """Attend over the whole sequence for some heads, writing the output where it travels from.
 
+    S and Sk below are rows of q and k, which hold all tokens or, if the options say so, a part of them.
+
     Args:
         q: `[S, B, hq, D]`, any strides with a dense last dimension; fp32, bf16 or fp16. D and Dv: up to 256.
         k: `[Sk, B, hkv, D]`.
@@ -180,17 +186,17 @@ def attend_forward(
         lse: `[hq, B, S]` contiguous fp32, or None: natural log of the sum of exponentials, -inf for a row without keys.
         options: which attention it is.
     """
-    (S, B, hq, D), Sk, Dv = q.shape, len(k), v.shape[-1]
-    spans = occupied(out, S)
+    (n_rows, B, hq, D), n_keys, Dv = q.shape, len(k), v.shape[-1]
+    spans = occupied(out, n_rows)
     if not spans:
         return
     o, stat = views_of(spans, 0), spans[0].views[1]
     assert lse is None or lse.is_contiguous()
     u, out_unit = unit(q, k, v), unit(*o)  # o may lie in a user's tensor, whose heads are not padded
-    given = arguments(options._replace(scale=abs(options.scale)), S, Sk)  # of -q where it is negative
+    given = arguments(options._replace(scale=abs(options.scale)), n_rows, n_keys)  # of -q where it is negative
     given["qk_scale"] = max(given["qk_scale"], 1e-30)  # not 0: masked scores are -inf
-    tiles = _config.tiles("attend_forward", q, (D, Dv), max(S, Sk), options.flags)
-    n_tiles = triton.cdiv(S, tiles["BLOCK_M"])
+    tiles = _config.tiles("attend_forward", q, (D, Dv), max(options.lengths(n_rows, n_keys)), options.flags)
+    n_tiles = triton.cdiv(n_rows, tiles["BLOCK_M"])
     _config.launch(
         attend_forward_kernel,
         (n_tiles * B * hq,),
@@ -199,11 +205,9 @@ def attend_forward(
         **named("o", shared_strides(spans, 0, out_unit)),
         **named("l", (0, 0) if stat is None else shared_strides(spans, 1, 1)),
         B=B,
-        S=S,
-        Sk=Sk,
         hq=hq,
         n_spans=len(spans),
-        section=section(B * hq, Sk * (D + Dv) * q.element_size() // options.heads.group),
+        section=section(B * hq, n_keys * (D + Dv) * q.element_size() // options.heads.group),
         **given,
         sinks_ptr=options.sinks,
         IS_NEGATIVE=options.scale < 0,

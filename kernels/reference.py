@@ -4,13 +4,14 @@ Arithmetic is in fp32 (fp64 for fp64 tensors) with one rounding at the end. Thos
 `_reference_attend`.
 
 pack and unpack move each byte once where there is no transform, by one strided copy per rank. With one, the work goes
-through blocks of tokens whose temporaries stay in cache.
+through blocks of tokens whose temporaries stay in cache. Rows are *parts* here, (first head, first token, view): the
+view's heads and tokens are those from the first on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
@@ -24,32 +25,33 @@ __all__ = [
     "attend_backward", "attend_forward", "pack", "pack_grad", "poison", "signal", "unpack", "unpack_grad", "wait",
 ]  # fmt: skip
 
+Part = tuple[int, int, Tensor]  # first head, first token, view [tokens, B, heads, ...]
+
 _BLOCK_ELEMENTS = 1 << 18  # 1 MB in fp32: smaller blocks pay more per call, larger ones leave the cache
 
 
 def pack(q: Tensor, k: Tensor, v: Tensor, to: Sequence[QKVRows], transform: Transform | None = None) -> None:
     """Write the heads of q, k and v into each rank's rows, q and k normalised and rotated as `transform` says."""
     tf = transform or Transform()
-    _pack_heads(q, [(rows.q_head, rows.q) for rows in to], tf, tf.q_norm)
-    _pack_heads(k, [(rows.kv_head, rows.k) for rows in to], tf, tf.k_norm)
-    _pack_heads(v, [(rows.kv_head, rows.v) for rows in to], Transform(), None)
+    _pack_heads(q, [(r.q_head, r.q_token, r.q) for r in to], tf, tf.q_norm)
+    _pack_heads(k, [(r.kv_head, r.kv_token, r.k) for r in to], tf, tf.k_norm)
+    _pack_heads(v, [(r.kv_head, r.kv_token, r.v) for r in to], Transform(), None)
 
 
 def pack_grad(do: Tensor, o: Tensor | None, dlse: Tensor | None, to: Sequence[ORows]) -> None:
     """Write the heads of dO into each rank's rows, and `delta = sum(dO * O) - dLSE` where they have a place for it."""
     for rows in to:
-        rows.o.copy_(_heads(do, rows.q_head, rows.o))
-    if all(rows.stat is None for rows in to):
+        rows.o.copy_(_source(do, rows.q_head, rows.token, rows.o))
+    stats = [(rows.q_head, rows.token, rows.stat) for rows in to if rows.stat is not None]
+    if not stats:
         return
-    assert o is not None, "delta needs o"
+    assert o is not None and len(stats) == len(to), "delta needs o, and goes to all ranks or none"
     dtype = math_dtype(do)
     for block in _token_blocks(do):
-        for rows in to:
-            assert rows.stat is not None, "delta for all ranks or none"
-            stat = rows.stat[block]  # [T, B, h]
-            b_do, b_o = (_heads(x[:, block], rows.q_head, stat).to(dtype) for x in (do, o))  # [T, B, h, Dv]
+        for head, token, stat in _within(stats, block):  # [T, B, h]
+            b_do, b_o = (_source(x[:, block], head, token, stat).to(dtype) for x in (do, o))  # [T, B, h, Dv]
             delta = (b_do * b_o).sum(-1)
-            stat.copy_(delta if dlse is None else delta - _heads(dlse[:, block], rows.q_head, stat))
+            stat.copy_(delta if dlse is None else delta - _source(dlse[:, block], head, token, stat))
 
 
 def poison(status: Tensor, rows: Tensor, number: int) -> None:
@@ -63,10 +65,10 @@ def poison(status: Tensor, rows: Tensor, number: int) -> None:
 def unpack(rows: Sequence[ORows], out: Tensor, lse: Tensor | None) -> None:
     """Write the heads of O in each rank's rows to `out` [B, L, Hq, Dv], and their LSE to `lse` [B, L, Hq] if given."""
     for r in rows:
-        _heads(out, r.q_head, r.o).copy_(r.o)
+        _source(out, r.q_head, r.token, r.o).copy_(r.o)
         if lse is not None:
             assert r.stat is not None, "an LSE is asked for that the rows do not carry"
-            _heads(lse, r.q_head, r.stat).copy_(r.stat)
+            _source(lse, r.q_head, r.token, r.stat).copy_(r.stat)
 
 
 def unpack_grad(
@@ -75,26 +77,25 @@ def unpack_grad(
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Write the gradients of what `pack` was given, from those of what it wrote; return the norm weights' gradients."""
     tf = transform or Transform()
-    dq_norm = _unpack_heads([(r.q_head, r.q) for r in rows], q, dq, tf, tf.q_norm)
-    dk_norm = _unpack_heads([(r.kv_head, r.k) for r in rows], k, dk, tf, tf.k_norm)
-    _unpack_heads([(r.kv_head, r.v) for r in rows], None, dv, Transform(), None)
+    dq_norm = _unpack_heads([(r.q_head, r.q_token, r.q) for r in rows], q, dq, tf, tf.q_norm)
+    dk_norm = _unpack_heads([(r.kv_head, r.kv_token, r.k) for r in rows], k, dk, tf, tf.k_norm)
+    _unpack_heads([(r.kv_head, r.kv_token, r.v) for r in rows], None, dv, Transform(), None)
     return dq_norm, dk_norm
 
 
-def _pack_heads(x: Tensor, to: Sequence[tuple[int, Tensor]], tf: Transform, weight: Tensor | None) -> None:
-    """The heads of `x` [B, L, H, D] into views [L, B, h, D] that begin with the given head."""
+def _pack_heads(x: Tensor, to: Sequence[Part], tf: Transform, weight: Tensor | None) -> None:
+    """What the parts in `to` hold of `x` [B, L, H, D]."""
     if tf.cos is None and weight is None:
-        for head, view in to:
-            view.copy_(_heads(x, head, view))
+        for head, token, view in to:
+            view.copy_(_source(x, head, token, view))
         return
-    wanted = sorted({head + i for head, view in to for i in range(view.shape[2])})
-    if not wanted:
-        return
-    if len(wanted) < x.shape[2]:
-        to = [(wanted.index(head), view) for head, view in to if view.shape[2]]
     dtype = math_dtype(x)
     w = None if weight is None else weight.to(dtype)
     for block in _token_blocks(x):
+        here = _within(to, block)
+        wanted = sorted({head + i for head, _, view in here for i in range(view.shape[2])})
+        if not wanted:
+            continue
         y = b_x = (x[:, block] if len(wanted) == x.shape[2] else x[:, block, wanted]).to(dtype)  # [B, T, H, D]
         if tf.cos is not None:
             y = _rotate(b_x, *_rotation(tf, block, x.shape[-1], dtype, w), tf)
@@ -102,25 +103,23 @@ def _pack_heads(x: Tensor, to: Sequence[tuple[int, Tensor]], tf: Transform, weig
             y = b_x * w
         if w is not None:
             y *= _rms_scale(b_x, tf.eps)
-        for head, view in to:
-            view[block].copy_(_heads(y, head, view[block]))
+        for head, token, view in here:
+            view.copy_(_source(y, wanted.index(head), token, view))
 
 
 def _unpack_heads(
-    rows: Sequence[tuple[int, Tensor]], x: Tensor | None, dx: Tensor, tf: Transform, weight: Tensor | None
+    rows: Sequence[Part], x: Tensor | None, dx: Tensor, tf: Transform, weight: Tensor | None
 ) -> Tensor | None:
-    """The gradients in views [L, B, h, D] into `dx` [B, L, H, D]; returns the gradient of the norm's weight."""
+    """The gradients in parts into `dx` [B, L, H, D]; returns the gradient of the norm's weight."""
     dtype = math_dtype(dx)
-    heads = [first + i for first, view in rows for i in range(view.shape[2])]
-    shared = len(heads) > len(set(heads))
-    if tf.cos is None and weight is None and (dx.dtype == dtype or not shared):
+    if tf.cos is None and weight is None and (dx.dtype == dtype or not _are_shared(rows, dx.shape[1])):
         _sum_heads(rows, dx)
         return None
     dw = None if weight is None else dx.new_zeros(dx.shape[-1], dtype=dtype)
     for block in _token_blocks(dx):
         b_dx = dx[:, block]
         g = torch.empty_like(b_dx, dtype=dtype, memory_format=torch.contiguous_format)  # [B, T, H, D]
-        _sum_heads([(head, view[block]) for head, view in rows], g)
+        _sum_heads(_within(rows, block), g)
         if tf.cos is not None:
             g = _rotate(g, *_rotation(tf, block, g.shape[-1], dtype, vjp=True), tf)
         if weight is not None:
@@ -137,21 +136,51 @@ def _unpack_heads(
     return dw
 
 
-def _sum_heads(rows: Sequence[tuple[int, Tensor]], out: Tensor) -> None:
-    """Each head of `out` [B, T, H, D] is the sum of its sources in the order of `rows`, and zero without any."""
-    written = [False] * out.shape[2]
-    for first, view in rows:
-        for head, n, again in _runs(written, first, view.shape[2]):
-            target = out[:, :, head : head + n].transpose(0, 1)  # [T, B, n, D]
-            source = view[:, :, head - first : head - first + n]
-            if again:
-                target += source
-            else:
-                target.copy_(source)
-        written[first : first + view.shape[2]] = [True] * view.shape[2]
-    for head, n, again in _runs(written, 0, len(written)):
-        if not again:
-            out[:, :, head : head + n] = 0
+def _sum_heads(rows: Sequence[Part], out: Tensor) -> None:
+    """Each token of a head in `out` [B, T, H, D] is the sum of its sources in the order of `rows`, zero without any."""
+    for block in _even_blocks(rows, out.shape[1]):
+        b_out = out[:, block]
+        written = [False] * out.shape[2]
+        for first, _, view in _within(rows, block):
+            for head, n, again in _runs(written, first, view.shape[2]):
+                target = b_out[:, :, head : head + n].transpose(0, 1)  # [T, B, n, D]
+                source = view[:, :, head - first : head - first + n]
+                if again:
+                    target += source
+                else:
+                    target.copy_(source)
+            written[first : first + view.shape[2]] = [True] * view.shape[2]
+        for head, n, again in _runs(written, 0, len(written)):
+            if not again:
+                b_out[:, :, head : head + n] = 0
+
+
+def _are_shared(rows: Sequence[Part], tokens: int) -> bool:
+    """Whether any token of a head has several sources."""
+    for block in _even_blocks(rows, tokens):
+        heads = [first + i for first, _, view in _within(rows, block) for i in range(view.shape[2])]
+        if len(heads) > len(set(heads)):
+            return True
+    return False
+
+
+def _even_blocks(parts: Sequence[Part], tokens: int) -> Iterator[slice]:
+    """Ranges of the tokens that each of `parts` holds whole or not at all."""
+    cuts = {0, tokens, *(cut for _, token, view in parts for cut in (token, token + view.shape[0]))}
+    for start, stop in pairwise(sorted(cuts)):
+        yield slice(start, stop)
+
+
+def _within(parts: Sequence[Part], block: slice) -> list[Part]:
+    """What lies in a block of tokens: parts of it, without those that would be empty."""
+    found = []
+    for head, token, view in parts:
+        n = view.shape[0]
+        start, stop = max(token, block.start), min(token + n, block.stop)
+        if start < stop and view.shape[2]:
+            is_whole = stop - start == n  # a slice of all takes as long as a small copy
+            found.append((head, start - block.start, view if is_whole else view[start - token : stop - token]))
+    return found
 
 
 def _runs(flags: Sequence[bool], first: int, n: int) -> Iterator[tuple[int, int, bool]]:
@@ -180,9 +209,9 @@ def wait(pad: Tensor, counts: Tensor, status: Tensor, kind: int, behind: int) ->
         status[0] = wanted[0] * signals.KINDS + kind + 1
 
 
-def _heads(x: Tensor, first: int, view: Tensor) -> Tensor:
-    """The heads of `x` [B, L, H, ...] that `view` [L, B, h, ...] holds, in its order of dimensions."""
-    return x[:, :, first : first + view.shape[2]].transpose(0, 1)
+def _source(x: Tensor, head: int, token: int, view: Tensor) -> Tensor:
+    """What of `x` [B, L, H, ...] a part holds, in the order of dimensions of its view."""
+    return x[:, token : token + view.shape[0], head : head + view.shape[2]].transpose(0, 1)
 
 
 def _token_blocks(x: Tensor) -> Iterator[slice]:

@@ -1,11 +1,11 @@
 """Unpack: rows in head layout -> heads in sequence layout, the inverse of `pack`.
 
 `unpack` takes O and the LSE back. `unpack_grad` takes dq, dk and dv back: a program reads BLOCK_T tokens of one head
-from every rank that worked on it, sums them in fp32 in ascending rank order, applies the VJPs of RoPE and QK-norm, and
-writes the head once. Heads that no rank worked on become zero.
+from every rank that worked on them, sums them in fp32 in ascending rank order, applies the VJPs of RoPE and QK-norm,
+and writes the head once. Tokens that no rank worked on become zero.
 
 Worked example: 2 ranks, 4 query heads, 1 kv head that both worked on. The units of `unpack_grad` are (kind, head, first
-source, number of sources), the sources (pointer, token stride, batch stride, is it fp32):
+source, number of sources), the sources (pointer, token stride, batch stride, is it fp32, first token, tokens):
 
     units    q0: 0, 1    q1: 1, 1    q2: 2, 1    q3: 3, 1    k0: 4, 2    v0: 6, 2
     sources  q0, q1 of rank 0, q2, q3 of rank 1, k0 of rank 0, k0 of rank 1, v0 of rank 0, v0 of rank 1
@@ -26,11 +26,11 @@ from torch import Tensor
 from . import _config
 from ._rope_norm import half_partner, norm_vjp, rms_scale, rope_half, rope_interleaved
 from ._rows import unit
-from ._table import common_unit, elements, head_in_table, head_of, heads, kept, table, tile_mask
+from ._table import common_unit, elements, head_in_table, head_of, heads, holds, kept, table, tile_mask
 from ._views import ORows, QKVRows, Transform
 from .pack import QKVPlace, named_strides, o_places, o_units, qkv_places, rope_arguments, rope_flags
 
-_UNPACK_INTS = "n_units n_tokens stride_ob stride_ot stride_oh stride_lb stride_lt stride_lh".split()
+_UNPACK_INTS = "n_units stride_ob stride_ot stride_oh stride_lb stride_lt stride_lh".split()
 _UNPACK_GRAD_INTS = (
     "n_units n_blocks n_q n_k stride_dqb stride_dqt stride_dqh stride_dkb stride_dkt stride_dkh stride_dvb stride_dvt "
     "stride_dvh stride_qb stride_qt stride_qh stride_kb stride_kt stride_kh stride_rb stride_rt"
@@ -39,53 +39,56 @@ _UNPACK_GRAD_INTS = (
 
 @triton.jit(do_not_specialize=_UNPACK_INTS)
 def _unpack_kernel(
-    out_ptr, lse_ptr, unit_ptr, n_units, n_tokens, stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh,
+    out_ptr, lse_ptr, unit_ptr, n_units, stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh,
     HAS_LSE: tl.constexpr, DV: tl.constexpr, UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Units are rows of (head, pointer, token stride, batch stride) and the same three of the LSE."""
+    """Units are as `o_units` makes them, with the LSE for a stat."""
     i_unit = tl.program_id(0) % n_units
     i_t = tl.program_id(0) // n_units
     i_b = tl.program_id(1)
-    unit_ptr += i_unit * 7
+    unit_ptr += i_unit * 9
     i_h = tl.load(unit_ptr)
-    src_ptr, stride_st = head_in_table(unit_ptr + 1, i_b, out_ptr.dtype.element_ty, UNIT)
-    o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
+    src_ptr, stride_st = head_in_table(unit_ptr + 3, i_b, out_ptr.dtype.element_ty, UNIT)
+    o_r = i_t * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
+    o_t = tl.load(unit_ptr + 1) + o_r
     o_d = tl.arange(0, BLOCK_D)
-    m_t = o_t < n_tokens
+    m_t = o_r < tl.load(unit_ptr + 2)
     m = tile_mask(m_t, o_d, DV, BLOCK_D)
-    b_o = tl.load(src_ptr + o_t[:, None] * stride_st + o_d[None, :], mask=m, other=0.0)  # [BLOCK_T, BLOCK_D]
+    b_o = tl.load(src_ptr + o_r[:, None] * stride_st + o_d[None, :], mask=m, other=0.0)  # [BLOCK_T, BLOCK_D]
     out_ptr = head_of(out_ptr, i_b, i_h, stride_ob, stride_oh, UNIT)
     tl.store(out_ptr + o_t[:, None] * elements(stride_ot, UNIT) + o_d[None, :], b_o, mask=m)
     if HAS_LSE:
-        stat_ptr, stride_et = head_in_table(unit_ptr + 4, i_b, tl.float32, 1)
-        b_lse = tl.load(stat_ptr + o_t * stride_et, mask=m_t, other=0.0)  # [BLOCK_T]
+        stat_ptr, stride_et = head_in_table(unit_ptr + 6, i_b, tl.float32, 1)
+        b_lse = tl.load(stat_ptr + o_r * stride_et, mask=m_t, other=0.0)  # [BLOCK_T]
         lse_ptr = head_of(lse_ptr, i_b, i_h, stride_lb, stride_lh, 1)
         tl.store(lse_ptr + o_t * elements(stride_lt, 1), b_lse, mask=m_t)
 
 
 @triton.jit
-def _load_source(source_ptr, i_b, o_t, o_d, m, DTYPE: tl.constexpr, UNIT: tl.constexpr):
-    """The columns `o_d` of one source of a head, in fp32."""
+def _load_source(source_ptr, i_b, o_r, o_d, m, DTYPE: tl.constexpr, UNIT: tl.constexpr):
+    """The rows `o_r`, columns `o_d` of one source of a head, in fp32."""
     src_ptr, stride_t = head_in_table(source_ptr, i_b, DTYPE, UNIT)
-    return tl.load(src_ptr + o_t[:, None] * stride_t + o_d[None, :], mask=m, other=0.0).to(tl.float32)
+    return tl.load(src_ptr + o_r[:, None] * stride_t + o_d[None, :], mask=m, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _sum_sources(
-    source_ptr, n_sources, i_b, o_t, o_d, m, DTYPE: tl.constexpr, HAS_PARTIAL: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    source_ptr, n_sources, i_b, o_t, o_d, COLUMNS: tl.constexpr, DTYPE: tl.constexpr, HAS_PARTIAL: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The columns `o_d` of a head, summed over its sources in fp32 in their order."""
+    """The columns `o_d` of a head, as far as COLUMNS, summed in fp32 over the sources of each token in their order."""
     b_sum = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     for _ in range(n_sources):
+        o_r = o_t - tl.load(source_ptr + 4)
+        m = tile_mask((o_r >= 0) & (o_r < tl.load(source_ptr + 5)), tl.arange(0, BLOCK_D), COLUMNS, BLOCK_D)
         if HAS_PARTIAL:
             if tl.load(source_ptr + 3) != 0:
-                b_sum += _load_source(source_ptr, i_b, o_t, o_d, m, tl.float32, UNIT)
+                b_sum += _load_source(source_ptr, i_b, o_r, o_d, m, tl.float32, UNIT)
             else:
-                b_sum += _load_source(source_ptr, i_b, o_t, o_d, m, DTYPE, UNIT)
+                b_sum += _load_source(source_ptr, i_b, o_r, o_d, m, DTYPE, UNIT)
         else:
-            b_sum += _load_source(source_ptr, i_b, o_t, o_d, m, DTYPE, UNIT)
-        source_ptr += 4
+            b_sum += _load_source(source_ptr, i_b, o_r, o_d, m, DTYPE, UNIT)
+        source_ptr += 6
     return b_sum
 
 
@@ -102,7 +105,7 @@ def _unpack_grad_tile(
     o_d = tl.arange(0, BLOCK_D)
     m_t = o_t < n_tokens
     m = tile_mask(m_t, o_d, D, BLOCK_D)
-    g = _sum_sources(source_ptr, n_sources, i_b, o_t, o_d, m, DTYPE, HAS_PARTIAL, UNIT, BLOCK_T, BLOCK_D)
+    g = _sum_sources(source_ptr, n_sources, i_b, o_t, o_d, D, DTYPE, HAS_PARTIAL, UNIT, BLOCK_T, BLOCK_D)
     if ROPE_DIM > 0:
         cos_row = cos_ptr + o_t[:, None] * stride_rt  # [BLOCK_T, 1]
         sin_row = sin_ptr + o_t[:, None] * stride_rt  # [BLOCK_T, 1]
@@ -110,8 +113,7 @@ def _unpack_grad_tile(
             g = rope_interleaved(g, cos_row, sin_row, m_t, ROPE_DIM, WIDE, True, BLOCK_T, BLOCK_D)
         else:
             o_p = half_partner(o_d, ROPE_DIM)
-            m_p = tile_mask(m_t, o_d, ROPE_DIM, BLOCK_D)
-            p = _sum_sources(source_ptr, n_sources, i_b, o_t, o_p, m_p, DTYPE, HAS_PARTIAL, UNIT, BLOCK_T, BLOCK_D)
+            p = _sum_sources(source_ptr, n_sources, i_b, o_t, o_p, ROPE_DIM, DTYPE, HAS_PARTIAL, UNIT, BLOCK_T, BLOCK_D)
             g = rope_half(g, p, cos_row, sin_row, m_t, ROPE_DIM, WIDE, True, BLOCK_D)
     if HAS_NORM:
         x = tl.load(raw_ptr + o_t[:, None] * stride_xt + o_d[None, :], mask=m, other=0.0).to(tl.float32)
@@ -133,8 +135,8 @@ def _unpack_grad_kernel(
 ):  # fmt: skip
     """Units are rows of (kind, head, first source, number of sources); kinds are 0 q, 1 k, 2 v.
 
-    Sources are rows of (pointer, token stride, batch stride, is it fp32). dq_norm_ptr [Hq, B, n_blocks, D] and
-    dk_norm_ptr [Hkv, B, n_blocks, D] take the partial sums.
+    Sources are rows of (pointer, token stride, batch stride, is it fp32, first token, number of tokens).
+    dq_norm_ptr [Hq, B, n_blocks, D] and dk_norm_ptr [Hkv, B, n_blocks, D] take the partial sums.
     """
     i_unit = tl.program_id(0) % n_units
     i_t = tl.program_id(0) // n_units
@@ -142,7 +144,7 @@ def _unpack_grad_kernel(
     unit_ptr += i_unit * 4
     kind = tl.load(unit_ptr)
     i_h = tl.load(unit_ptr + 1)
-    source_ptr += tl.load(unit_ptr + 2) * 4
+    source_ptr += tl.load(unit_ptr + 2) * 6
     n_sources = tl.load(unit_ptr + 3)
     i_partial = (i_h * tl.num_programs(1) + i_b) * n_blocks + i_t
     if ROPE_DIM > 0:
@@ -181,18 +183,18 @@ def _unpack_grad_kernel(
 def unpack(rows: Sequence[ORows], out: Tensor, lse: Tensor | None) -> None:
     """Write the heads of O in each rank's rows to `out` [B, L, Hq, Dv], and their LSE to `lse` [B, L, Hq] if given.
 
-    `lse` is fp32. Both have any strides, `out` a dense last dimension; heads that are in no rows are left alone.
+    `lse` is fp32. Both have any strides, `out` a dense last dimension; what is in no rows is left alone.
     """
     B, L, _, Dv = out.shape
     assert lse is None or all(r.stat is not None for r in rows), "an LSE is asked for that the rows do not carry"
-    n_units, units, u = o_units(o_places(rows), out.dtype, (L, B), unit(out), out.device)
+    units = o_units(o_places(rows), out.dtype, (L, B), unit(out), out.device)
     tiles = _config.tiles("unpack", out, (Dv, Dv), _config.SHARD)
     _config.launch(
         _unpack_kernel,
-        (n_units * triton.cdiv(L, tiles["BLOCK_T"]), B),
-        out_ptr=out, lse_ptr=lse, unit_ptr=units, n_units=n_units, n_tokens=L,
-        **named_strides(u, o=out), **named_strides(1, l=lse),
-        HAS_LSE=lse is not None, DV=Dv, UNIT=u, BLOCK_D=triton.next_power_of_2(Dv), **tiles,
+        (units.number * triton.cdiv(units.tokens, tiles["BLOCK_T"]), B),
+        out_ptr=out, lse_ptr=lse, unit_ptr=units.table, n_units=units.number,
+        **named_strides(units.unit, o=out), **named_strides(1, l=lse),
+        HAS_LSE=lse is not None, DV=Dv, UNIT=units.unit, BLOCK_D=triton.next_power_of_2(Dv), **tiles,
     )  # fmt: skip
 
 
@@ -242,13 +244,13 @@ def _grad_units(
     dtype: torch.dtype, unit: int, device: torch.device,
 ) -> tuple[Tensor, Tensor, int]:  # fmt: skip
     """The units of `unpack_grad`, their sources (a head's in the order of `views`), and the unit of strides."""
-    unit = common_unit((where for _, _, where in views), unit)
+    unit = common_unit((where for *_, where in views), unit)
     found: list[list[list[tuple[int, ...]]]] = [[[] for _ in range(n)] for n in n_heads]  # kind, head, source
-    for kind, first, where in views:
-        assert where[1][:2] == (tokens[kind], batch), "rows of other tokens"
+    for kind, first, token, where in views:
+        assert holds(where, token, tokens[kind], batch), "rows of other tokens"
         assert where[3] == dtype or (kind > 0 and where[3] == torch.float32), f"gradients in {where[3]} for {dtype}"
         for i, head in enumerate(heads(where, unit)):
-            found[kind][first + i].append((*head, int(where[3] != dtype)))
+            found[kind][first + i].append((*head, int(where[3] != dtype), token, where[1][0]))
     units: list[tuple[int, ...]] = []
     sources: list[tuple[int, ...]] = []
     for kind, of_kind in enumerate(found):

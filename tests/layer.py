@@ -314,6 +314,8 @@ def check(case: Case, results: list[dict[str, Tensor]]) -> None:
         size = max(want.norm().item(), nearly_zero, 1e-30)
         error = (result[finite].double() - want).norm().item() / size
         allowed = TOLERANCE.get(case.dtype, FLOOR)
+        if name in SHARES and sum(case.lens) > 100:  # sums over all tokens, of which most may cancel
+            allowed *= 10
         if low:
             held = name if name in peer and name not in ("dsinks", "dslopes") else "dq"
             peer_error = (peer[held].double() - exact[held])[exact[held].isfinite()].norm().item()

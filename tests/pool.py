@@ -40,7 +40,7 @@ from typing import Any
 import torch.distributed as dist
 
 SIZE = 8
-GROUPS = (1, 2, 3, 4, 8)  # a group of the first P ranks for each
+GROUPS = (1, 2, 3, 4, 5, 8)  # a group of the first P ranks for each
 DEADLINE = 120.0  # seconds for one run
 GRACE = 20.0  # seconds for the other ranks once one has failed: they may be waiting for it in a collective
 GLOO_TIMEOUT = timedelta(seconds=90)  # below DEADLINE, so that a collective says itself what it waited for

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 import triton
@@ -85,6 +87,7 @@ WRONG: dict[str, tuple] = {
     ),
     "kv_lens wrong": ({"kv_lens": [9, 9, 9]}, ShapeError, "kv_lens"),
     "attention name": ({"attention": "flash"}, OptionError, "flash"),
+    "attention that is a word for callables": ({"attention": "callable"}, OptionError, "the callable itself"),
     "attention object": ({"attention": 3}, OptionError, "int"),
     "recompute": ({"recompute": "attention"}, OptionError, "recompute"),
     "aten with Dv != D": ({"v": torch.randn(2, 4, 3, 8), "attention": "aten"}, OptionError, "head dim 16 and v has 8"),
@@ -259,6 +262,34 @@ def test_every_kind_on_processes(pool):
             (kind, message), again = answer[f"different: {name}"]
             assert kind == "ShapeError" and match in message, message
             assert torch.isfinite(again).all()
+
+
+def made_with(ctx, options):
+    """What making a group with this rank's own options ends in, how soon; and whether one without them works."""
+    began = time.monotonic()
+    try:
+        UlyssesGroup(ctx.group, **options[ctx.rank]).close()
+        error = "", ""
+    except OptionError as found:
+        error = type(found).__name__, str(found)
+    seconds = time.monotonic() - began
+    return *error, seconds, call(ctx.group, {})
+
+
+@pytest.mark.parametrize(
+    "name, values, others",
+    [
+        ("check", ("hash", "always"), {"exchange": "shm"}),
+        ("check", ("hash", "always"), {"exchange": "torch"}),
+        ("exchange", ("auto", "torch"), {}),
+    ],
+)
+def test_ranks_that_make_their_group_otherwise(pool, name, values, others):
+    options = [{name: values[rank == 1], **others} for rank in range(RANKS)]
+    for kind, message, seconds, again in pool.run(RANKS, made_with, options):
+        assert kind == "OptionError" and seconds < 30, message
+        assert f"different {name}=: {[values[0], values[1], values[0]]} in rank order" in message
+        assert torch.isfinite(again).all()
 
 
 def test_a_cpu_tensor_on_a_group_that_carries_cuda_tensors():

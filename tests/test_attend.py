@@ -34,7 +34,7 @@ from ulysses_triton.kernels import (
     attend_forward,
     reference,
 )
-from ulysses_triton.kernels._views import Dropout, HeadGrads, HeadMap, Options, Predicate, Span
+from ulysses_triton.kernels._views import Dropout, HeadGrads, HeadMap, Options, Part, Predicate, Span
 
 KERNELS = (attend_forward.attend_forward, attend_backward.attend_backward)
 TWINS = (reference.attend_forward, reference.attend_backward)
@@ -74,6 +74,11 @@ class Case:
     def hkv(self) -> int:
         return (self.hq - 1 + self.offset) // self.group + 1
 
+    @property
+    def first_head(self) -> int:
+        """The model's number of the first local query head."""
+        return FIRST * self.group + self.offset
+
     def ids(self) -> tuple[Tensor, Tensor] | None:
         """The documents' numbers, `[B, S]` and `[B, Sk]`; the same where queries and keys are of one length."""
         if self.documents is None:
@@ -93,20 +98,26 @@ class Case:
 
     @property
     def options(self) -> Options:
+        return self.options_of(None)
+
+    def options_of(self, queries: range | None) -> Options:
+        """Those of a call on some of the queries, or on all."""
         ids, (sinks, slopes) = self.ids(), self.per_head()
         found = Options(
-            self.scale, self.causal, HeadMap(self.group, FIRST * self.group + self.offset), self.window, self.softcap,
+            self.scale, self.causal, HeadMap(self.group, self.first_head), self.window, self.softcap,
             None if ids is None else _documents.documents(*ids), sinks, slopes,
             Dropout(self.dropout, SEED) if self.dropout else None,
             None if self.predicate is None else PREDICATES[self.predicate],
+            part=None if queries is None else Part(queries.start, self.S, self.Sk),
         )  # fmt: skip
         if not self.listed:
             return found
         batch, heads = self.B, self.hq + found.heads.first
         status = found.predicate and _blocks.status(found.predicate, batch, heads, self.S, self.Sk, torch.device("cpu"))
         status = None if status is None else status[:, found.heads.first :]
-        blocks = _blocks.lists(_blocks.combine(status, found, self.S, self.Sk), found.heads, self.hq, self.hkv)
-        return found._replace(blocks=blocks)
+        left = _blocks.combine(status, found, self.S, self.Sk)
+        left = left if queries is None else _blocks.within(left, queries)
+        return found._replace(blocks=_blocks.lists(left, found.heads, self.hq, self.hkv))
 
     @property
     def kept(self) -> Tensor:
@@ -117,7 +128,7 @@ class Case:
             return kept
         b, h = torch.arange(self.B)[:, None, None, None], torch.arange(self.hq)[:, None, None]
         i, j = torch.arange(self.S)[:, None], torch.arange(self.Sk)
-        return kept & ASKED[self.predicate](b, h + self.options.heads.first, i, j)
+        return kept & ASKED[self.predicate](b, h + self.first_head, i, j)
 
 
 FIRST = 2  # kv groups of the model ahead of the local heads
@@ -205,8 +216,8 @@ def attention_fp64(
         bias = -slopes[:, None, None] * oracle.distances(case.S, case.Sk, case.ids()).unsqueeze(1)
     stay = None
     if case.dropout:
-        first = case.options.heads.first
-        stay = oracle.stays(case.dropout, SEED, case.B, range(first, first + case.hq), case.S, case.Sk)
+        heads = range(case.first_head, case.first_head + case.hq)
+        stay = oracle.stays(case.dropout, SEED, case.B, heads, case.S, case.Sk)
     out, lse = oracle.attention(
         *(x.transpose(0, 1) for x in (q, k[:, :, kv_head], v[:, :, kv_head])), kept=case.kept, scale=case.scale,
         softcap=case.softcap, sinks=sinks, bias=bias, stay=stay, p=case.dropout,

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ulysses_triton import cost, schedule
 from ulysses_triton.cost import MACHINES, Machine, best_chunks, exposed, machine_of, pairs, timeline
+from ulysses_triton.placement import chunk_count
 from ulysses_triton.spec import Problem
 
 # One of everything a second, but nothing for latency and launches.
@@ -32,9 +33,9 @@ LONG = problem(
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
     ranks = draw(st.integers(1, 5))
-    heads = ranks * draw(st.integers(1, 4))
+    heads = draw(st.one_of(st.integers(1, 4).map(lambda n: n * ranks), st.integers(1, 9)))
     lens = tuple(draw(st.lists(st.integers(1, 5000), min_size=ranks, max_size=ranks)))
-    return problem(
+    found = problem(
         lens=lens,
         kv_lens=draw(st.sampled_from([lens, tuple(n + 1 for n in lens)])),
         heads=heads,
@@ -46,11 +47,11 @@ def problems(draw: st.DrawFn) -> Problem:
         grad=draw(st.booleans()),
         recompute=draw(st.booleans()),
         return_lse=draw(st.booleans()),
-        chunks=draw(st.integers(1, min(4, heads // ranks))),
         features=draw(st.sampled_from([None, 64])),
         out_features=draw(st.sampled_from([None, 48])),
         q_norm=draw(st.booleans()),
     )
+    return replace(found, chunks=chunk_count(found, draw(st.integers(1, 4))))
 
 
 machines = st.sampled_from([*MACHINES.values(), UNIT, cost.cpu(0.5)])
@@ -233,6 +234,22 @@ def test_all_chunks_together_send_what_one_does():
     for one_sided in (False, True):
         sent = [timeline(replace(plain, chunks=n), UNIT, one_sided=one_sided).sent() for n in (1, 2, 8)]
         assert len(set(sent)) == 1
+
+
+@given(st.sampled_from(["NVIDIA H100 80GB HBM3", "NVIDIA B200"]), *[st.integers(2, 16)] * 2, st.floats(1e3, 1e8))
+def test_two_hops_are_for_small_blocks(device, nodes, each, block):
+    """Messages and bytes of both ways, counted: two hops are faster below one size, whatever the mesh."""
+    inside, network = machine_of(device, True), machine_of(device, False)
+    direct = nodes * each - each, each - 1  # messages of a rank over the network, and inside its node
+    staged = nodes - 1, nodes * (each - 1)
+    over_network = (nodes - 1) * each * block / network.exchange
+    one, two = (
+        over_network + far * network.latency + near * (inside.latency + block / inside.exchange)
+        for far, near in (direct, staged)
+    )
+    below = cost.two_hops_below(device)
+    assert (two < one) == (block < below) or two == pytest.approx(one, rel=1e-9)
+    assert cost.two_hops_below("NVIDIA GeForce RTX 4090") is None
 
 
 def test_machines_are_plausible():

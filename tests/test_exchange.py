@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import fake_nccl
 import fake_symm
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from ulysses_triton import ExchangeError, UlyssesGroup, run_virtual
+from ulysses_triton.exchange.nccl import NcclExchange
+from ulysses_triton.exchange.two_hop import TwoHopExchange
+from ulysses_triton.exchange.virtual import VirtualWorld
 from ulysses_triton.placement import Message
 
 
@@ -19,12 +25,18 @@ def message(rank: int, sizes: list[list[int]]) -> Message:
         send=tuple(sizes[rank]),
         receive=tuple(sizes[a][rank] for a in ranks),
         land=tuple(sum(sizes[a][b] for a in range(rank)) for b in ranks),
+        between=lambda a, b: sizes[a][b],
     )
 
 
 UNEVEN = [[3, 0, 5], [1, 1, 1], [0, 4, 2]]
 NOTHING = [[0] * 3] * 3
 LARGE = [[50_000, 20_000, 1] for _ in range(3)]
+
+
+def for_all(group: UlyssesGroup, sizes: list[list[int]]) -> list[list[int]]:
+    """Such sizes for the ranks of a group; the fourth sends nothing."""
+    return [[sizes[a % 3][b % 3] * (a != 3) for b in range(group.size)] for a in range(group.size)]
 
 
 def filled(source: int, target: int, n: int, dtype: torch.dtype, hop: int) -> torch.Tensor:
@@ -37,7 +49,7 @@ def several_hops(group, dtype):
     """Hops of several sections one after the other, with a hop of nothing between; returns what was wrong."""
     wrong = []
     for hop, sections in enumerate([[UNEVEN], [UNEVEN, LARGE], [NOTHING], [LARGE, NOTHING], [UNEVEN]]):
-        messages = [message(group.rank, sizes) for sizes in sections]
+        messages = [message(group.rank, for_all(group, sizes)) for sizes in sections]
         receive = [group.pool.take((sum(m.receive),), dtype, torch.device("cpu")) for m in messages]
         opened = group.exchange.open(messages, receive, [None] * len(messages))
         for blocks, m in zip(opened.blocks, messages, strict=True):
@@ -83,7 +95,7 @@ def test_blocks_arrive_bit_for_bit(pool, name, dtype):
 
 def overlapping_hops(group):
     """Hops that are open, started and finished across each other; returns whether all arrived."""
-    m = message(group.rank, UNEVEN)
+    m = message(group.rank, for_all(group, UNEVEN))
 
     def opened(number):
         receive = group.pool.take((sum(m.receive),), torch.float32, torch.device("cpu"))
@@ -118,7 +130,7 @@ def test_hops_may_overlap(pool, name):
 
 def own_send_buffer(group):
     """A send buffer of the caller's own is what travels, and is only read."""
-    m = message(group.rank, UNEVEN)
+    m = message(group.rank, for_all(group, UNEVEN))
     mine = torch.cat([filled(group.rank, target, n, torch.float32, 0) for target, n in enumerate(m.send)])
     before = mine.clone()
     receive = group.pool.take((sum(m.receive),), torch.float32, torch.device("cpu"))
@@ -202,3 +214,57 @@ def test_a_virtual_rank_that_does_not_arrive_is_named():
 
     with pytest.raises(ExchangeError, match=r"waiting for ranks \[2\]: rank 2 has closed the group"):
         run_virtual(3, work, timeout=0.5)
+
+
+# -- two hops: the same contract, on nodes x ranks of a node
+
+shapes = pytest.mark.parametrize("shape", [(2, 2), (2, 3), (3, 2)], ids=str)
+
+
+def contract(group):
+    """All of the above on one group; the name of what does not hold."""
+    dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+    held = {
+        "bit for bit": all(several_hops(group, dtype) == [] for dtype in dtypes),
+        "overlapping": overlapping_hops(group) == [True] * 4,
+        "own send buffer": own_send_buffer(group),
+        "control": gathers_at_length(group) and gathers(group) is True,
+    }
+    return [name for name, holds in held.items() if not holds]
+
+
+def contract_on_a_mesh(ctx, shape):
+    with UlyssesGroup(init_device_mesh("cpu", shape, mesh_dim_names=("node", "gpu")), exchange="two_hop") as group:
+        assert group.exchange.name == "two_hop" and group.size == shape[0] * shape[1]
+        return contract(group)
+
+
+@shapes
+def test_two_hops_hold_the_contract(pool, shape):
+    ranks = shape[0] * shape[1]
+    assert pool.fresh(ranks, contract_on_a_mesh, shape) == [[]] * ranks
+
+
+@shapes
+def test_two_hops_hold_the_contract_over_nccl(shape):
+    """Over fakes of NCCL, with a communicator for each node and one for each number."""
+    nccl, (nodes, each) = fake_nccl.FakeNccl(), shape
+    inner, outer = [VirtualWorld(each) for _ in range(nodes)], [VirtualWorld(nodes) for _ in range(each)]
+
+    def work(group):
+        def over(member):
+            return NcclExchange(
+                nccl,
+                member,
+                group.pool,
+                timedelta(seconds=60),
+                stream=lambda device: fake_nccl.FakeStream(nccl, device),
+            )
+
+        node, number = divmod(group.rank, each)
+        parts = over(inner[node].member(number)), over(outer[number].member(node))
+        group.exchange = TwoHopExchange(group.rank, nodes, each, *parts)
+        return contract(group)
+
+    assert run_virtual(nodes * each, work) == [[]] * (nodes * each)
+    assert not nccl.living and nccl.mismatch is None

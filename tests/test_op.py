@@ -27,7 +27,8 @@ def op_arguments(group, q, k, v, **given) -> Call:
         out_weight=None, out_bias=None, q_documents=None, k_documents=None, blocks=None, seed=None, captured=[],
         group=group.name, heads=heads, kv_heads=kv_heads, lens=[], kv_lens=[], causal=True, scale=0.25, window=[],
         softcap=None, dropout_p=0.0, dropout_seed=None, predicate="", rope_interleaved=False, rope_dim=0,
-        norm_eps=1e-6, attention="reference", chunks=1, recompute=False, return_lse=False, grad=True, abi=op.ABI,
+        norm_eps=1e-6, attention="reference", chunks=1, cuts=[], recompute=False, return_lse=False, grad=True,
+            abi=op.ABI,
     )  # fmt: skip
     return plain._replace(**given)
 

@@ -146,11 +146,20 @@ def transformed(x: Tensor, tf: Transform, weight: Tensor | None) -> Tensor:
     return torch.stack(channels, -1)
 
 
-def expected_rows(layout: Layout, q: Tensor, k: Tensor, v: Tensor, tf: Transform) -> list[tuple[Tensor, ...]]:
+def held(x: Tensor, head: int, token: int, view: Tensor) -> Tensor:
+    """What of `x` [B, L, H, ...] a view of rows holds that begins with this head and this token."""
+    return x[:, token : token + view.shape[0], head : head + view.shape[2]].transpose(0, 1)
+
+
+def expected_rows(rows: list[QKVRows], q: Tensor, k: Tensor, v: Tensor, tf: Transform) -> list[tuple[Tensor, ...]]:
     q, k = transformed(q, tf, tf.q_norm), transformed(k, tf, tf.k_norm)
     return [
-        tuple(x[:, :, h : h + n].transpose(0, 1) for x, h, n in ((q, q0, hq), (k, k0, hkv), (v, k0, hkv)))
-        for q0, hq, k0, hkv in layout.owners
+        (
+            held(q, r.q_head, r.q_token, r.q),
+            held(k, r.kv_head, r.kv_token, r.k),
+            held(v, r.kv_head, r.kv_token, r.v),
+        )
+        for r in rows
     ]
 
 
@@ -213,7 +222,7 @@ def test_pack_writes_all_of_its_views_and_nothing_else(
     q, k, v = source(layout, shape, torch.bfloat16)
     rows, buffers = qkv_rows(layout, shape, torch.bfloat16)
     impl.pack(q, k, v, rows)
-    for r, views in zip(rows, expected_rows(layout, q, k, v, Transform()), strict=True):
+    for r, views in zip(rows, expected_rows(rows, q, k, v, Transform()), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(r[:3], views, strict=True))
     for r in rows:
         for view in r[:3]:
@@ -230,7 +239,7 @@ def test_pack_transforms_q_and_k(impl: ModuleType, options: Options, D: int) -> 
     q, k, v = fused(EVEN, shape, torch.float32)
     rows, _ = qkv_rows(EVEN, shape, torch.float32)
     impl.pack(q, k, v, rows, tf)
-    expected = expected_rows(EVEN, q.double(), k.double(), v.double(), cast(tf, torch.float64))
+    expected = expected_rows(rows, q.double(), k.double(), v.double(), cast(tf, torch.float64))
     for r, (x_q, x_k, x_v) in zip(rows, expected, strict=True):
         assert error(r.q, x_q) < FP32 and error(r.k, x_k) < FP32 and torch.equal(r.v.double(), x_v)
 
@@ -244,8 +253,8 @@ def test_pack_rounds_once(impl: ModuleType, options: Options, dtype: torch.dtype
     q, k, v = fused(MQA, shape, dtype)
     rows, _ = qkv_rows(MQA, shape, dtype)
     impl.pack(q, k, v, rows, tf)
-    expected = expected_rows(MQA, q.double(), k.double(), v.double(), cast(tf, torch.float64))
-    plain = expected_rows(MQA, q, k, v, cast(tf, dtype))
+    expected = expected_rows(rows, q.double(), k.double(), v.double(), cast(tf, torch.float64))
+    plain = expected_rows(rows, q, k, v, cast(tf, dtype))
     for r, exact, same in zip(rows, expected, plain, strict=True):
         for x, y, z in zip(r[:2], exact[:2], same[:2], strict=True):
             assert error(x, y) < min(FLOOR[dtype], 2 * error(z, y) + FLOOR[dtype])
@@ -261,7 +270,7 @@ def test_pack_transforms_any_strides(impl: ModuleType, source: Callable, interle
     q, k, v = source(EVEN, shape, torch.float32)
     rows, _ = qkv_rows(EVEN, shape, torch.float32, offset=1, gap=5)
     impl.pack(q, k, v, rows, tf)
-    expected = expected_rows(EVEN, q.double(), k.double(), v.double(), cast(tf, torch.float64))
+    expected = expected_rows(rows, q.double(), k.double(), v.double(), cast(tf, torch.float64))
     assert all(error(x, y) < FP32 for r, e in zip(rows, expected, strict=True) for x, y in zip(r[:3], e, strict=True))
 
 
@@ -274,7 +283,7 @@ def test_pack_takes_keys_of_another_length(impl: ModuleType) -> None:
     of_keys, _ = qkv_rows(SHARED, keys, torch.float32)
     rows = [a._replace(k=b.k, v=b.v) for a, b in zip(of_queries, of_keys, strict=True)]
     impl.pack(q, k, v, rows)
-    for r, views in zip(rows, expected_rows(SHARED, q, k, v, Transform()), strict=True):
+    for r, views in zip(rows, expected_rows(rows, q, k, v, Transform()), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(r[:3], views, strict=True))
     dq, dk, dv = (poisoned(*x.shape, dtype=x.dtype) for x in (q, k, v))
     impl.unpack_grad(rows, None, None, dq, dk, dv)
@@ -342,13 +351,13 @@ def gradient_rows(
 
 
 def expected_gradients(
-    layout: Layout, rows: list[QKVRows], qkv: tuple[Tensor, ...], tf: Transform, dtype: torch.dtype
+    rows: list[QKVRows], qkv: tuple[Tensor, ...], tf: Transform, dtype: torch.dtype
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v and both weights by autograd through the plain formulation in `dtype`."""
     tf = cast(tf, dtype)
     leaves = [None if x is None else x.to(dtype).detach().requires_grad_() for x in (*qkv, tf.q_norm, tf.k_norm)]
     q, k, v, q_norm, k_norm = leaves
-    packed = expected_rows(layout, q, k, v, tf._replace(q_norm=q_norm, k_norm=k_norm))
+    packed = expected_rows(rows, q, k, v, tf._replace(q_norm=q_norm, k_norm=k_norm))
     outputs = [x for views in packed for x in views]
     torch.autograd.backward(outputs, [view.to(dtype) for r in rows for view in r[:3]])
     return tuple(None if x is None else x.grad for x in leaves)
@@ -364,7 +373,7 @@ def test_unpack_grad_is_the_vjp_of_pack(impl: ModuleType, options: Options, D: i
     rows = gradient_rows(EVEN, shape, torch.float32)
     grads = fused(EVEN, shape, torch.float32, lambda *s: poisoned(*s, dtype=torch.float32))
     norms = impl.unpack_grad(rows, qkv[0], qkv[1], *grads, tf)
-    expected = expected_gradients(EVEN, rows, qkv, tf, torch.float64)
+    expected = expected_gradients(rows, qkv, tf, torch.float64)
     for x, y in zip((*grads, *norms), expected, strict=True):
         assert x is None if y is None else error(x, y) < FP32
 
@@ -379,7 +388,7 @@ def test_unpack_grad_sums_shared_heads(impl: ModuleType, layout: Layout, options
     rows = gradient_rows(layout, shape, torch.float32)
     grads = tuple(poisoned(*x.shape, dtype=x.dtype) for x in qkv)
     norms = impl.unpack_grad(rows, qkv[0], qkv[1], *grads, tf)
-    expected = expected_gradients(layout, rows, qkv, tf, torch.float64)
+    expected = expected_gradients(rows, qkv, tf, torch.float64)
     assert all(error(x, y) < FP32 for x, y in zip((*grads, *norms), expected, strict=True) if y is not None)
 
 
@@ -397,8 +406,8 @@ def test_unpack_grad_rounds_once(
     rows = gradient_rows(SHARED, shape, dtype, torch.float32 if partial else None)
     grads = fused(SHARED, shape, dtype, lambda *s: poisoned(*s, dtype=dtype))
     dq_norm, dk_norm = impl.unpack_grad(rows, qkv[0], qkv[1], *grads, tf)
-    expected = expected_gradients(SHARED, rows, qkv, tf, torch.float64)
-    plain = expected_gradients(SHARED, rows, qkv, tf, dtype)
+    expected = expected_gradients(rows, qkv, tf, torch.float64)
+    plain = expected_gradients(rows, qkv, tf, dtype)
     for x, y, same in zip(grads, expected, plain, strict=False):
         assert error(x, y) < min(FLOOR[dtype], 2 * error(same, y) + FLOOR[dtype])
     for x, y in ((dq_norm, expected[3]), (dk_norm, expected[4])):
@@ -434,11 +443,11 @@ def test_twins_compute_in_fp64() -> None:
     qkv = fused(EVEN, shape, torch.float64)
     rows, _ = qkv_rows(EVEN, shape, torch.float64)
     twins.pack(*qkv, rows, tf)
-    for r, views in zip(rows, expected_rows(EVEN, *qkv, tf), strict=True):
+    for r, views in zip(rows, expected_rows(rows, *qkv, tf), strict=True):
         assert all(error(x, y) < 1e-14 for x, y in zip(r[:3], views, strict=True))
     grads = tuple(poisoned(*x.shape, dtype=x.dtype) for x in qkv)
     norms = twins.unpack_grad(rows, qkv[0], qkv[1], *grads, tf)
-    for x, y in zip((*grads, *norms), expected_gradients(EVEN, rows, qkv, tf, torch.float64), strict=True):
+    for x, y in zip((*grads, *norms), expected_gradients(rows, qkv, tf, torch.float64), strict=True):
         assert x.dtype == torch.float64 and error(x, y) < 1e-14
     o, do, dlse = qkv[0], torch.randn_like(qkv[0]), torch.randn(1, 9, 4, dtype=torch.float64)
     to = o_rows(EVEN, shape._replace(Dv=shape.D), torch.float64, torch.float64)

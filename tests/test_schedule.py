@@ -6,14 +6,14 @@ the compute stream run one after the other and exchanges run beside them, starte
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ulysses_triton import schedule
-from ulysses_triton.placement import Placement, place
+from ulysses_triton.placement import Placement, chunk_count, place
 from ulysses_triton.schedule import Step, Which
 from ulysses_triton.spec import Problem
 
@@ -25,8 +25,8 @@ WRITES = {  # what an exchange carries away once a step has written it
 }
 
 
-def problem(ranks: int, heads: int, kv_heads: int, chunks: int, **changes: object) -> Problem:
-    lens = (4,) * ranks
+def problem(ranks: int, heads: int, kv_heads: int, chunks: int, tokens: int = 4, **changes: object) -> Problem:
+    lens = (tokens,) * ranks
     return Problem(
         batch=1, lens=lens, kv_lens=lens, heads=heads, kv_heads=kv_heads, head_dim=8, value_dim=8, dtype="float32",
         device="cpu", causal=True, scale=1.0, chunks=chunks, **changes,
@@ -96,11 +96,12 @@ class World:
         again = ("pack", 0) in [s.which for s in rank.steps]
         needed: list[Which] = []
         if name == "attend" or (name == "attend_backward" and again):
-            needed += [("exchange_in", c), ("exchange_in", chunk.holders[rank.number])]
+            needed += [("exchange_in", c), *(("exchange_in", piece.holder) for piece in chunk.pieces[rank.number])]
         if name == "attend_backward":
             needed.append(("exchange_grad_in", c))
-            first = chunk.holders[rank.number]
-            assert all(("attend_backward", b) in rank.done for b in range(first, c)), "sums of earlier chunks"
+            for piece in chunk.pieces[rank.number]:
+                before = [("attend_backward", b) in rank.done for b in range(piece.holder, c)]
+                assert all(before), "sums of earlier chunks"
         if name in ("unpack", "unpack_grad"):
             source = {"unpack": "exchange_out", "unpack_grad": "exchange_grad_out"}[name]
             needed += [(source, b) for b in chunks]
@@ -144,13 +145,13 @@ class World:
 @st.composite
 def schedules(draw: st.DrawFn) -> tuple[Problem, tuple[Step, ...], bool]:
     ranks = draw(st.integers(1, 4))
-    heads = ranks * draw(st.integers(1, 6))
+    heads = draw(st.one_of(st.integers(1, 6).map(lambda n: n * ranks), st.integers(1, 12)))
     kv_heads = draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0]))
-    chunks = draw(st.integers(1, heads // ranks))
     one_sided, backward = draw(st.booleans()), draw(st.booleans())
     options = {name: draw(st.booleans()) for name in ("recompute", "q_norm")}
     options |= {name: draw(st.sampled_from([None, 24])) for name in ("features", "out_features")}
-    p = problem(ranks, heads, kv_heads, chunks, **options)
+    p = problem(ranks, heads, kv_heads, 1, draw(st.sampled_from([4, 600])), **options)
+    p = replace(p, chunks=chunk_count(p, draw(st.integers(1, 6))))
     return p, schedule.of_backward(p) if backward else schedule.of(p, one_sided), one_sided and not backward
 
 

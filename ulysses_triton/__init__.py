@@ -13,6 +13,7 @@ from .errors import (
     UlyssesError,
 )
 from .group import UlyssesGroup, run_virtual
+from .reorder import from_striped, from_zigzag, to_striped, to_zigzag
 from .shard import count_tokens, gather_sequence, shard_lens, shard_sequence, token_mean
 from .tracing import trace
 
@@ -29,11 +30,15 @@ __all__ = [
     "UlyssesError",
     "UlyssesGroup",
     "count_tokens",
+    "from_striped",
+    "from_zigzag",
     "gather_sequence",
     "masks",
     "run_virtual",
     "shard_lens",
     "shard_sequence",
+    "to_striped",
+    "to_zigzag",
     "token_mean",
     "trace",
     "ulysses_attention",

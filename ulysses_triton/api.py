@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cost, halves, masks, op
+from . import chunk_cache, cost, halves, masks, op
+from .balance import weighed_cuts
 from .call import Call, describe
 from .errors import DeviceError, DtypeError, ExchangeError, OptionError, ShapeError, UlyssesError
 from .group import Groupish, UlyssesGroup, resolve
@@ -19,6 +20,7 @@ from .packed import check as check_packing
 from .packed import tables as packed_tables
 from .placement import place
 from .projection import Projection
+from .spec import Problem
 
 Attention = str | Callable[..., Tensor]
 NO_PROJECTION = Projection()
@@ -60,7 +62,7 @@ def ulysses_attention(
         v: `[B, Lk, Hkv, Dv]`. D and Dv are at most 256.
         group: a `ProcessGroup`, a 1-D `DeviceMesh`, a `UlyssesGroup`, or None for the default group (one rank, plain
             attention, when `torch.distributed` is not initialised). With data-parallel ranks in the job pass the
-            sequence-parallel group: with None all ranks would share one sequence. Its size must divide Hq.
+            sequence-parallel group: with None all ranks would share one sequence.
         causal: token i of the whole sequence attends to tokens `0..i` (aligned at token 0 when keys differ in length).
         scale: the softmax scale; None for `1 / sqrt(D)`.
         window: `(left, right)` in tokens: token i of the whole sequence attends to tokens `i - left .. i + right` only;
@@ -245,11 +247,14 @@ def _attend(
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     p, seed = dropout
+    p, scale, softcap, norm_eps = (_constant(x) for x in (p, scale, softcap, norm_eps))
     with _told_to_peers(group):
         if recompute not in (None, "exchange"):
             raise OptionError(f'recompute = {recompute!r}; it must be None or "exchange"')
         if not isinstance(attention, str) and not callable(attention):
             raise OptionError(f"attention is a {type(attention).__name__}; it must be a name or a callable")
+        if attention == "callable":  # a problem's name for all callables
+            raise OptionError('attention = "callable"; it must be "auto", "triton", "aten" or the callable itself')
         if callable(attention) and (return_lse or recompute):
             raise OptionError("a callable attention goes with neither return_lse nor recompute: they are the kernels'")
         if callable(attention) and (mask is not None or p):
@@ -312,6 +317,7 @@ def _attend(
         norm_eps=norm_eps,
         attention=attention if isinstance(attention, str) else "callable",
         chunks=1 if group.chunks == "auto" else int(group.chunks),
+        cuts=[],
         recompute=recompute is not None,
         return_lse=return_lse,
         grad=grad,
@@ -321,6 +327,9 @@ def _attend(
         return _around(group, attention, call, packing)
     if group.chunks == "auto" and qkv[0].is_cuda and not torch.compiler.is_compiling():
         call = call._replace(chunks=_best_chunks(group, call))
+    if not torch.compiler.is_compiling():
+        with _told_to_peers(group):
+            call = call._replace(cuts=weighed_cuts(group, call, *packing[1:]))
     out, lse, _ = op.attention(*call)
     return (out, lse) if return_lse else out
 
@@ -345,6 +354,18 @@ def _all_lens(group: UlyssesGroup, name: str, lens: Sequence[int] | None, own: T
     return [own.size(1)] * group.size if lens is None else [int(n) for n in lens]
 
 
+def _constant(x: Any) -> Any:
+    """The value of a float that is a symbol in a graph of dynamic shapes, where a value is compiled for anyway.
+
+    Layers share such a symbol, and a checkpointed one cannot compute with what another one has made of it.
+    """
+    if not torch.compiler.is_compiling() or not isinstance(x, float):
+        return x
+    from torch.fx.experimental.symbolic_shapes import guard_scalar  # slow to import
+
+    return guard_scalar(x)
+
+
 def _is_int(x: object) -> bool:
     return isinstance(x, int) and not isinstance(x, bool)
 
@@ -360,17 +381,23 @@ def _two_ints(window: object) -> bool:
 
 
 def _best_chunks(group: UlyssesGroup, call: Call) -> int:
-    """As many chunks as the cost model finds fastest; one where it knows neither the GPU nor what the call asks."""
+    """As many chunks as were measured to be fastest on this GPU, or else as the cost model finds.
+
+    One where that knows neither the GPU nor what the call asks.
+    """
     assert call.q is not None
-    one_host = group.size <= int(os.environ.get("LOCAL_WORLD_SIZE", group.size))
-    machine = cost.machine_of(torch.cuda.get_device_name(call.q.device), one_host)
-    if machine is None:
-        return 1
     try:
         problem, _ = describe(group, call)
     except UlyssesError:
         return 1  # the op says what is wrong, on all ranks
-    return cost.best_chunks(problem, machine, one_sided=group.exchange.one_sided)
+    gpu = torch.cuda.get_device_name(call.q.device)
+    one_host = group.size <= int(os.environ.get("LOCAL_WORLD_SIZE", group.size))
+    key = chunk_cache.key_of(problem, group.exchange.name, one_host)
+    measured = None if key is None else chunk_cache.lookup(gpu, key)
+    if measured is not None:
+        return measured
+    machine = cost.machine_of(gpu, one_host)
+    return 1 if machine is None else cost.best_chunks(problem, machine, one_sided=group.exchange.one_sided)
 
 
 def _around(group: UlyssesGroup, attention: Callable[..., Tensor], call: Call, packing: tuple[Any, Any, Any]) -> Tensor:
@@ -386,6 +413,33 @@ def _around(group: UlyssesGroup, attention: Callable[..., Tensor], call: Call, p
     problem, _ = describe(group, call)
     received = [rows, kv_rows] if problem.cross else [rows]
     views = halves.received_views(problem, group, received)
+    if place(problem).shares[group.rank].q_heads:
+        out = _asked(attention, group, problem, call, packing, views)
+    else:  # fewer heads than ranks, and none for this one
+        out = views["q"].transpose(0, 1).flatten(2).view(problem.batch, problem.seq, 0, problem.value_dim)
+        for given in (call.sinks, call.slopes):  # which get a gradient of zeros
+            out = out if given is None else out + given[:0].sum().to(out.dtype)
+    result = halves.exchange_out(
+        out.transpose(0, 1),
+        group.name,
+        problem.heads,
+        problem.kv_heads,
+        problem.head_dim,
+        list(problem.lens),
+        problem.causal,
+    )
+    return result if around.out_weight is None else F.linear(result.flatten(2), around.out_weight, around.out_bias)
+
+
+def _asked(
+    attention: Callable[..., Tensor],
+    group: UlyssesGroup,
+    problem: Problem,
+    call: Call,
+    packing: tuple[Any, Any, Any],
+    views: dict[str, Tensor],
+) -> Tensor:
+    """What the callable makes of this rank's heads, `[B, S, hq, Dv]`; where it fails, all ranks learn of it."""
     q, k, v = (views[name].transpose(0, 1) for name in ("q", "k", "v"))
     index = place(problem).kv_head_of(group.rank)
     if len(index) % k.size(2) or index != [h // (len(index) // k.size(2)) for h in range(len(index))]:
@@ -410,13 +464,4 @@ def _around(group: UlyssesGroup, attention: Callable[..., Tensor], call: Call, p
         told = f"the attention callable failed with {type(error).__name__}: {error}"
         group.refuse(error if isinstance(error, UlyssesError) else ExchangeError(told))
         raise
-    result = halves.exchange_out(
-        out.transpose(0, 1),
-        group.name,
-        problem.heads,
-        problem.kv_heads,
-        problem.head_dim,
-        list(problem.lens),
-        problem.causal,
-    )
-    return result if around.out_weight is None else F.linear(result.flatten(2), around.out_weight, around.out_bias)
+    return out

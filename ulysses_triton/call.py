@@ -22,7 +22,7 @@ from .kernels._blocks import BLOCK
 from .kernels._config import fingerprint
 from .kernels._views import Documents, Dropout, Predicate, Transform
 from .local import choose
-from .placement import chunk_count, place
+from .placement import chunk_count
 from .projection import Projection, split_qkv
 from .spec import Problem
 
@@ -65,6 +65,7 @@ class Call(NamedTuple):
     norm_eps: float
     attention: str
     chunks: int
+    cuts: list[int]
     recompute: bool
     return_lse: bool
     grad: bool
@@ -168,12 +169,11 @@ def describe(group: UlyssesGroup, call: Call) -> tuple[Problem, Inputs]:
     )
     problem.check()
     _check_masks(call, problem)
-    place(problem)
     chosen = choose(problem).name
     if call.attention == "callable":
         chosen = "callable"
     problem = replace(problem, attention=chosen, tuning=fingerprint(problem.device) if chosen == "triton" else "")
-    problem = replace(problem, chunks=chunk_count(problem, call.chunks))
+    problem = replace(problem, chunks=chunk_count(problem, call.chunks), cuts=tuple(call.cuts))
     tables = call.q_documents, call.k_documents
     return problem, Inputs(
         q,

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from . import schedule
-from .placement import Message, Section, inbound, outbound, place
+from .placement import Message, Piece, Section, chunk_count, inbound, outbound, pairs, place
 from .schedule import Step, Which
 from .spec import Problem
 from .timeline import STREAMS, Event, Timeline
@@ -72,6 +72,20 @@ def machine_of(device: str, one_host: bool) -> Machine | None:
     return None if found is None else MACHINES[found if one_host else f"{found}-network"]
 
 
+def two_hops_below(device: str) -> float | None:
+    """Bytes of a block, from one rank to another, below which `exchange.two_hop` takes less time than one hop.
+
+    None for a GPU of no known figures. With N nodes of n ranks, two hops save (N - 1) (n - 1) messages over the network
+    and make as many more inside a node; and of the N blocks that a rank gives each other rank of its node, N - 1 are
+    more than in one hop. So they pay where one block's time inside the node is less than what a message saves, whatever
+    N and n. Example: on H100 (14 - 3.4) us at 450 GB/s, 4.8 MB.
+    """
+    inside, network = machine_of(device, True), machine_of(device, False)
+    if inside is None or network is None:
+        return None
+    return (network.latency - inside.latency) * inside.exchange
+
+
 def cpu(cores: float = 1.0) -> Machine:
     """A rank on so many cores of a CPU like the one this was written on (AMD EPYC, AVX-512), by gloo.
 
@@ -104,27 +118,8 @@ def best_chunks(problem: Problem, machine: Machine, *, one_sided: bool = False) 
     """The number of chunks that is predicted to take the least time, the smallest of equals; 1 on a CPU."""
     if problem.device == "cpu":
         return 1
-    counts = range(1, min(MAX_CHUNKS, problem.heads // problem.ranks) + 1)
+    counts = range(1, chunk_count(problem, MAX_CHUNKS) + 1)
     return min(counts, key=lambda n: timeline(replace(problem, chunks=n), machine, one_sided=one_sided).seconds())
-
-
-def pairs(queries: int, keys: int, left: int, right: int) -> int:
-    """How many (query i, key j) there are with i - left <= j <= i + right; -1 is no bound.
-
-    Example: of 3 queries and 3 keys, causal (left -1, right 0): 6.
-    """
-
-    def below(offset: int) -> int:
-        """Pairs with j < i + offset: the sum of i + offset over the queries, each between 0 and `keys`."""
-
-        def until(stop: int) -> int:
-            top = max(0, min(stop, keys + 1))
-            return top * (top - 1) // 2 + max(0, stop - top) * keys
-
-        return until(queries + offset) - until(offset)
-
-    upper = queries * keys if right < 0 else below(right + 1)
-    return upper - (0 if left < 0 else below(-left))
 
 
 # -- the cost of a step
@@ -146,7 +141,6 @@ class _Costs:
     def __init__(self, problem: Problem, machine: Machine, one_sided: bool) -> None:
         self.problem, self.machine, self.one_sided = problem, machine, one_sided
         self.chunks = place(problem).chunks
-        self.scores = pairs(problem.seq, problem.kv_seq, *problem.bounds) * problem.batch
 
     def seconds(self, step: Step, rank: int) -> float:
         """On a rank; of an exchange, from when all ranks have come to it."""
@@ -161,11 +155,12 @@ class _Costs:
         storing = 0.0
         if self.one_sided and step.name in _WRITES:
             storing = self.wire(_WRITES[step.name], step.chunk, rank)[0] / m.exchange
+        launches = m.launch * len(self.chunks[step.chunk].pieces[rank])
         if step.name == "attend":
-            return m.launch + max(storing, self._products(step, rank, p.head_dim + p.value_dim) / m.forward)
+            return launches + max(storing, self._products(step, rank, p.head_dim + p.value_dim) / m.forward)
         if step.name == "attend_backward":  # two kernels, which both compute the scores: counted once, as is usual
             products = self._products(step, rank, 3 * p.head_dim + 2 * p.value_dim)
-            return 2 * m.launch + max(storing, products / m.backward)
+            return 2 * launches + max(storing, products / m.backward)
         return m.launch + max(storing, self._copied(step, rank) / m.copy)
 
     def sent(self, step: Step, rank: int) -> int:
@@ -186,12 +181,10 @@ class _Costs:
 
     def _straight(self, chunk: int, rank: int) -> tuple[int, int]:
         """Of a one-sided way out: attend writes results where they belong, without rows, and not padded."""
-        p = self.problem
-        each = p.value_dim + p.stat_width * p.return_lse
-        heads = [share.q_stop - share.q_start for share in self.chunks[chunk].shares]
-        sent = (p.seq - p.lens[rank]) * heads[rank] * each
-        received = p.lens[rank] * (sum(heads) - heads[rank]) * each
-        return sent * p.batch * p.item_size, received * p.batch * p.item_size
+        part, others = self.chunks[chunk], [other for other in range(self.problem.ranks) if other != rank]
+        sent = sum(part.results(rank, other) for other in others)
+        received = sum(part.results(other, rank) for other in others)
+        return sent * self.problem.result_size, received * self.problem.result_size
 
     def _messages(self, exchange: str, chunk: int, rank: int) -> list[Message]:
         direction, what = _CARRIED[exchange]
@@ -200,8 +193,13 @@ class _Costs:
 
     def _products(self, step: Step, rank: int, dims: int) -> float:
         """FLOP of products over `dims` channels of the chunk's heads, as many as if they were of 2 bytes."""
-        share = self.chunks[step.chunk].shares[rank]
-        return 2.0 * self.scores * share.q_heads * dims * self.problem.item_size / 2
+        scores = sum(self._scores(piece) for piece in self.chunks[step.chunk].pieces[rank])
+        return 2.0 * scores * dims * self.problem.item_size / 2
+
+    def _scores(self, piece: Piece) -> int:
+        p = self.problem
+        stop, start = (pairs(n, p.kv_seq, *p.bounds) for n in (piece.stop, piece.start))
+        return (stop - start) * piece.q_heads * p.batch
 
     def _projected(self, step: Step, rank: int) -> tuple[int, int]:
         """Of a step's matrix products: how many multiplications they are, and the elements of their three matrices."""

@@ -16,21 +16,10 @@ from torch import Tensor
 from . import layout, projection, schedule
 from .exchange.base import Hop
 from .group import UlyssesGroup
-from .kernels._blocks import combine, lists
-from .kernels._views import (
-    Blocks,
-    Documents,
-    Dropout,
-    HeadGrads,
-    HeadMap,
-    Options,
-    ORows,
-    Predicate,
-    Span,
-    Transform,
-)
+from .kernels._views import Documents, Dropout, HeadGrads, Options, ORows, Predicate, Span, Transform
 from .layout import workspace
 from .local import choose
+from .pieces import block_lists, piece_options
 from .placement import Heads, Message, Section, inbound, outbound, place
 from .projection import Projection, split_qkv
 from .schedule import Which
@@ -100,11 +89,10 @@ def backward(
     run = _Run(problem, group, inputs)
     run.saved, run.out, run.dout, run.dlse = saved, out, dout, dlse
     run.grads = run.with_own_qkv(grads) if problem.projects else grads
-    mine = run.placement.shares[group.rank]
     asked = (inputs.sinks, inputs.slopes if slopes else None)
-    run.head_grads = HeadGrads(*(run.per_head(given, mine.q_start, mine.q_stop) for given in asked))
+    run.head_grads = HeadGrads(*(x if x is None else x.new_zeros(x.shape, dtype=run.stat_dtype) for x in asked))
     run.all(schedule.of_backward(problem))
-    return SmallGrads(*run.norm_grads, *map(run.of_all_heads, run.head_grads))
+    return SmallGrads(*run.norm_grads, *run.head_grads)
 
 
 def exchange_in(problem: Problem, group: UlyssesGroup, inputs: Inputs) -> list[Tensor]:
@@ -113,7 +101,7 @@ def exchange_in(problem: Problem, group: UlyssesGroup, inputs: Inputs) -> list[T
     run.saved = torch.empty(0, dtype=torch.uint8, device=run.device)
     run.all(schedule.IN)
     received = zip(run.received["exchange_in", 0], run.chunks[0].qkv, strict=True)
-    return [layout.tidied(rows, sum(s.lens), problem.batch, s.rows[group.rank]) for rows, s in received]
+    return [layout.tidied(rows, s.tokens(group.rank), problem.batch, s.rows[group.rank]) for rows, s in received]
 
 
 def exchange_in_backward(
@@ -122,7 +110,7 @@ def exchange_in_backward(
     """Gradients of the received rows, sent back, summed over the ranks that shared a kv head, and un-transformed."""
     run = _Run(problem, group, inputs)
     sections = run.chunks[0].qkv
-    run.chunks = (run.chunks[0]._replace(grad_qkv=sections),)
+    run.chunks = (run.chunks[0]._replace(grad_qkv=sections, sent=run.chunks[0].held),)
     run.grads = grads
     run.send_rows(sections, rows[: len(sections)])
     run.all(schedule.IN_BACKWARD)
@@ -160,7 +148,7 @@ class _Run:
     head_grads: HeadGrads
     dqkv: Tensor  # [B, L, (Hq + 2 Hkv) D], where it is projected from x
     do: tuple[Tensor, Tensor | None]  # of a chunk whose output is projected: gradients of O and LSE
-    sums: tuple[Tensor, Tensor] | None = None  # dk and dv of the kv head that the next chunk works with, too
+    sums: tuple[Tensor, Tensor] | None = None  # dk and dv of the kv head that the next piece works with, too
 
     def __init__(self, problem: Problem, group: UlyssesGroup, inputs: Inputs) -> None:
         self.problem, self.group, self.inputs, self.rank = problem, group, inputs, group.rank
@@ -220,56 +208,63 @@ class _Run:
         ]
         hop = self._open("exchange_in", c, inbound, sections, receive)
         (q, k, v), heads = self.projected.pop(c, (self.whole, None))
-        rows = layout.qkv_rows(self.problem, self.rank, self.chunks[c], sections, hop.blocks, heads)
-        self.local.pack(q, k, v, list(rows), self.inputs.transform)
+        chunk = self.chunks[c]
+        by_rank = layout.qkv_rows(self.problem, self.rank, chunk, sections, chunk.held, hop.blocks, heads)
+        self.local.pack(q, k, v, [rows for of_rank in by_rank for rows in of_rank], self.inputs.transform)
 
     def _attend(self, c: int) -> None:
         p = self.problem
         kept = self.saved[self.space.outputs[c]].view(self.dtype)
         spans = self._out_spans(c, kept if kept.numel() else None)  # what is kept is what travels
         if self.group.exchange.one_sided and kept.numel():
-            spans += layout.spans(p, self.rank, self.chunks[c].out[0], [kept], ("o", "stat"))
-        lse = self._head_lse(c) if p.grad else None
-        self.local.attend_forward(*self._qkv(c), spans, lse, self._options(c))
+            spans[0] += layout.spans(p, self.rank, self.chunks[c].out[0], [kept], ("o", "stat"))
+        for n, (q, k, v) in enumerate(self._qkv(c)):
+            lse = self._head_lse(c, n) if p.grad else None
+            self.local.attend_forward(q, k, v, spans[n], lse, self._options(c, n, len(k)))
 
-    def _out_spans(self, c: int, send: Tensor | None) -> list[Span]:
-        """Open the hop of a chunk's output, and where its results go: at the peers, in `send` or in a new buffer."""
+    def _out_spans(self, c: int, send: Tensor | None) -> list[list[Span]]:
+        """Open the hop of a chunk's output; where each piece's results go: at the peers, in `send`, in new buffers."""
         if self.group.exchange.one_sided:
             return self._straight_out(c)
-        sections = self.chunks[c].out
+        chunk, sections = self.chunks[c], self.chunks[c].out
         receive = [self._take(sum(message.receive)) for message in self._messages(outbound, sections)]
-        hop = self._open("exchange_out", c, outbound, sections, receive, [send])
-        blocks = hop.blocks[0] if send is None else [send]
-        return layout.spans(self.problem, self.rank, sections[0], blocks, ("o", "stat"))
+        hop = self._open("exchange_out", c, outbound, sections, receive, None if send is None else [send])
+        blocks = hop.blocks if send is None else [[send]]
+        mine = zip(chunk.pieces[self.rank], sections, blocks, strict=False)
+        return [layout.spans(self.problem, self.rank, section, into, ("o", "stat")) for _, section, into in mine]
 
-    def _straight_out(self, c: int) -> list[Span]:
-        """Where a chunk's results go at each rank, in their final layout; whoever comes first offers mine to the peers.
+    def _straight_out(self, c: int) -> list[list[Span]]:
+        """Where each piece's results go at each rank, in their final layout; who comes first offers mine to the peers.
 
         One result holds all heads, or where the output is projected those of a chunk.
         """
-        p, share, heads = self.problem, self.chunks[c].shares[self.rank], self._result_heads(c)
-        offer, written = (c, share) if p.projects_out else (0, self.placement.shares[self.rank])
+        p, chunk, heads = self.problem, self.chunks[c], self._result_heads(c)
+        offer, written = (c, [chunk]) if p.projects_out else (0, self.chunks)
         if ("exchange_out", offer) not in self.hops:
             results = self._new_results(c)
-            nothing = Message(*[(0,) * p.ranks] * 3)  # nobody sends blocks: rows are written where they belong
+            none = (0,) * p.ranks  # nobody sends blocks: rows are written where they belong
+            nothing = Message(none, none, none, lambda a, b: 0)
             with self._step("exchange_out", offer):
                 hop = self.group.exchange.open([nothing] * 2, results, [None] * 2)
-            part = written.q_heads / len(heads)
-            self.hops["exchange_out", offer] = self._watched("exchange_out", offer, hop, hop.peers, part)
+            others = [rank for rank in range(p.ranks) if rank != self.rank]
+            sent = sum(part.results(self.rank, rank) for part in written for rank in others) * p.result_size
+            self.hops["exchange_out", offer] = self._watched("exchange_out", offer, hop, sent)
         peers = self.hops["exchange_out", offer].peers
         assert peers is not None
-        first = heads.index(share.q_start)
-        mine = slice(first, first + share.q_heads)
-        return [
-            Span(
-                start,
-                (
-                    o.view(p.batch, n, len(heads), p.value_dim).transpose(0, 1)[:, :, mine],
-                    lse.view(p.batch, n, len(heads)).transpose(0, 1)[:, :, mine] if p.return_lse else None,
-                ),
-            )
-            for start, n, o, lse in zip(layout.starts(p.lens), p.lens, *peers, strict=True)
-        ]
+        found = []
+        for piece, section in zip(chunk.pieces[self.rank], chunk.out, strict=False):
+            first = heads.index(piece.q_start)
+            mine = slice(first, first + piece.q_heads)
+            spans, start = [], 0
+            for rank, (n, o, lse) in enumerate(zip(p.lens, *peers, strict=True)):
+                token, tokens = section.overlap(self.rank, rank)
+                at = slice(token, token + tokens)
+                o = o.view(p.batch, n, len(heads), p.value_dim).transpose(0, 1)[at, :, mine]
+                lse = lse.view(p.batch, n, len(heads)).transpose(0, 1)[at, :, mine] if p.return_lse else None
+                spans.append(Span(start, (o, lse)))
+                start += tokens
+            found.append(spans)
+        return found
 
     def _result_heads(self, c: int) -> Sequence[int]:
         """The model's heads in the result of a chunk: its own where they are projected, else those of all chunks."""
@@ -293,13 +288,13 @@ class _Run:
         rows = [
             row
             for b in ([c] if p.projects_out else range(len(self.chunks)))
-            for row in self._o_rows(b, self.chunks[b].out, self._arrived("exchange_out", b, self.chunks[b].out)[0])
+            for row in self._o_rows(b, self.chunks[b].out, self._arrived("exchange_out", b, self.chunks[b].out))
         ]
         self.local.unpack(rows, out, lse if p.return_lse else None)
 
-    def _o_rows(self, c: int, sections: Sequence[Section], blocks: Sequence[Tensor]) -> list[ORows]:
+    def _o_rows(self, c: int, sections: Sequence[Section], blocks: Sequence[Sequence[Tensor]]) -> list[ORows]:
         chunk, heads = self.chunks[c], self._result_heads(c)
-        return list(layout.o_rows(self.problem, self.rank, chunk, sections[0], blocks, heads))
+        return list(layout.o_rows(self.problem, self.rank, chunk, sections, blocks, heads))
 
     # -- projections
 
@@ -353,41 +348,48 @@ class _Run:
 
     def _pack_grad(self, c: int) -> None:
         sections = self.chunks[c].grad_out
-        message = self._messages(inbound, sections)[0]
-        hop = self._open("exchange_grad_in", c, inbound, sections, [self._take(sum(message.receive))])
+        receive = [self._take(sum(message.receive)) for message in self._messages(inbound, sections)]
+        hop = self._open("exchange_grad_in", c, inbound, sections, receive)
         dout, dlse, out = self.dout, self.dlse, self.out
         if self.problem.projects_out:
             (dout, dlse), out = self.do, self._kept_result(c)
-        rows = self._o_rows(c, sections, hop.blocks[0])
+        rows = self._o_rows(c, sections, hop.blocks)
         self.local.pack_grad(dout, out if self.problem.sends_delta else None, dlse, rows)
 
     def _attend_backward(self, c: int) -> None:
         p, chunk, rank = self.problem, self.chunks[c], self.rank
-        (received,) = self.received["exchange_grad_in", c]
-        views = layout.fields(p, chunk.grad_out[0].rows[rank], received, p.seq)
-        if self.local.keeps_output:
-            kept = self.saved[self.space.outputs[c]].view(self.dtype)
-            extra = layout.fields(p, chunk.out[0].rows[rank], kept, p.seq)["o"]
-        else:
-            extra = views["stat"]
         sections = chunk.grad_qkv
         receive = [self._take(sum(message.receive)) for message in self._messages(outbound, sections)]
         hop = self._open("exchange_grad_out", c, outbound, sections, receive)
-        dq = layout.spans(p, rank, sections[0], hop.blocks[0], ("q",))
-        start = self.sums
-        if chunk.senders[rank] == c:
-            self.sums = None
-            dkv = layout.spans(p, rank, sections[-1], hop.blocks[-1], ("k", "v"))
-        else:
-            self.sums = dk, dv = self._new_sums(chunk.shares[rank].kv_heads)
-            dkv = [Span(0, (dk.permute(2, 1, 0, 3), dv.permute(2, 1, 0, 3)))]
-        lse, options = self._head_lse(c), self._options(c)
-        heads = HeadGrads(*(self._part(c, grad) for grad in self.head_grads))
-        self.local.attend_backward(*self._qkv(c), views["o"], lse, extra, dq, dkv, options, heads, start)
+        arrived = zip(chunk.grad_out, self.received["exchange_grad_in", c], strict=True)
+        grads = [layout.fields(p, section.rows[rank], rows, section.tokens(rank)) for section, rows in arrived]
+        for n, (piece, (q, k, v)) in enumerate(zip(chunk.pieces[rank], self._qkv(c), strict=True)):
+            extra = self._kept_o(c) if self.local.keeps_output else grads[n]["stat"]
+            dq = layout.spans(p, rank, sections[n], hop.blocks[n], ("q",))
+            start = self.sums
+            if piece.last:
+                self.sums, first = None, chunk.sent[rank].start
+                heads = slice(piece.kv_start - first, piece.kv_stop - first)
+                dkv = layout.spans(p, rank, sections[-1], hop.blocks[-1], ("k", "v"), heads)
+            else:
+                self.sums = dk, dv = self._new_sums(len(k))
+                dkv = [Span(0, (dk.permute(2, 1, 0, 3), dv.permute(2, 1, 0, 3)))]
+            mine = HeadGrads(*(None if x is None else x.new_empty(piece.q_heads) for x in self.head_grads))
+            lse, options = self._head_lse(c, n), self._options(c, n, len(k))
+            self.local.attend_backward(q, k, v, grads[n]["o"], lse, extra, dq, dkv, options, mine, start)
+            for total, part in zip(self.head_grads, mine, strict=True):
+                if total is not None and part is not None:
+                    total[piece.q_start : piece.q_stop] += part
 
-    def _new_sums(self, kv_heads: int) -> tuple[Tensor, Tensor]:
+    def _kept_o(self, c: int) -> Tensor:
+        """O of a chunk in head layout, as forward kept it."""
+        kept = self.saved[self.space.outputs[c]].view(self.dtype)
+        return layout.fields(self.problem, self.chunks[c].out[0].rows[self.rank], kept, self.problem.seq)["o"]
+
+    def _new_sums(self, keys: int) -> tuple[Tensor, Tensor]:
+        """dk and dv of one kv head."""
         p = self.problem
-        shape = (kv_heads, p.batch, p.kv_seq)
+        shape = (1, p.batch, keys)
         dk, dv = (self._new(*shape, n, dtype=self.stat_dtype) for n in (p.head_dim, p.value_dim))
         return dk, dv
 
@@ -397,10 +399,10 @@ class _Run:
         by_chunk = []
         for c, chunk in enumerate(self.chunks):
             blocks = self._arrived("exchange_grad_out", c, chunk.grad_qkv)
-            by_chunk.append(layout.qkv_rows(self.problem, self.rank, chunk, chunk.grad_qkv, blocks))
+            by_chunk.append(layout.qkv_rows(self.problem, self.rank, chunk, chunk.grad_qkv, chunk.sent, blocks))
         by_rank = zip(*by_chunk, strict=True)  # so that shares of a sum come in the order of the ranks
         self.norm_grads = self.local.unpack_grad(
-            [rows for of_rank in by_rank for rows in of_rank],
+            [rows for of_rank in by_rank for of_chunk in of_rank for rows in of_chunk],
             self.whole[0] if normed else None,
             self.whole[1] if normed else None,
             *self.grads[:3],
@@ -423,15 +425,17 @@ class _Run:
         receive: list[Tensor],
         send: Sequence[Tensor | None] | None = None,
     ) -> Hop:
+        messages = self._messages(direction, sections)
         with self._step(name, c):
-            hop = self.group.exchange.open(self._messages(direction, sections), receive, send or [None] * len(receive))
-        self.hops[name, c], self.received[name, c] = self._watched(name, c, hop, hop.blocks), receive
+            hop = self.group.exchange.open(messages, receive, send or [None] * len(receive))
+        sent = sum(sum(m.send) - m.send[self.rank] for m in messages) * self.problem.item_size
+        self.hops[name, c], self.received[name, c] = self._watched(name, c, hop, sent), receive
         return hop
 
-    def _watched(self, name: str, c: int, hop: Hop, into: Sequence[Sequence[Tensor]] | None, part: float = 1) -> Hop:
-        """The hop, or inside `trace()` one that notes its times; this rank writes `part` of what `into` names."""
+    def _watched(self, name: str, c: int, hop: Hop, sent: int) -> Hop:
+        """The hop, or inside `trace()` one that notes its times and the bytes sent to other ranks."""
         recorder = self.group.recorder
-        return hop if recorder is None else recorder.hop(self.group, name, c, hop, into or (), part, self.device)
+        return hop if recorder is None else recorder.hop(self.group, name, c, hop, sent, self.device)
 
     def send_rows(self, sections: Sequence[Section], rows: Sequence[Tensor]) -> None:
         """Open the hop of gradients that lie in rows already; only a one-sided exchange needs them copied."""
@@ -450,7 +454,7 @@ class _Run:
         as_it_lies = o.is_contiguous() and o.size(2) * o.size(3) == sections[0].rows[self.rank].width
         spans = self._out_spans(0, o.view(-1) if as_it_lies else None)
         if self.group.exchange.one_sided or not as_it_lies:
-            for start, (view, _) in spans:
+            for start, (view, _) in (span for of_piece in spans for span in of_piece):
                 assert view is not None
                 view.copy_(o[start : start + len(view)])
 
@@ -479,71 +483,32 @@ class _Run:
     def _new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.group.pool.take(shape, dtype or self.dtype, self.device)
 
-    def per_head(self, given: Tensor | None, start: int, stop: int) -> Tensor | None:
-        """A copy of some heads of what is given for all, in the precision of the statistics."""
-        return None if given is None else given[start:stop].to(self.stat_dtype, copy=True)
+    def _head_lse(self, c: int, n: int) -> Tensor:
+        """`[hq, B, tokens]` of a piece."""
+        piece = self.chunks[c].pieces[self.rank][n]
+        kept = self.saved[self.space.lse[c][n]].view(self.stat_dtype)
+        return kept.view(piece.q_heads, self.problem.batch, piece.tokens)
 
-    def of_all_heads(self, mine: Tensor | None) -> Tensor | None:
-        """`[Hq]` with zeros for the heads of other ranks."""
-        share = self.placement.shares[self.rank]
-        padding = (share.q_start, self.problem.heads - share.q_stop)
-        return None if mine is None else torch.nn.functional.pad(mine, padding)
+    def _qkv(self, c: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """q, k and v of a chunk's pieces: views of the received rows, k and v perhaps of an earlier chunk's."""
+        own, found = self._rows_in(c), []
+        for views, piece in zip(own, self.chunks[c].pieces[self.rank], strict=False):
+            carried = (own if piece.holder == c else self._rows_in(piece.holder))[-1]
+            first = self.chunks[piece.holder].held[self.rank].start
+            heads = slice(piece.kv_start - first, piece.kv_stop - first)
+            found.append((views["q"], carried["k"][:, :, heads], carried["v"][:, :, heads]))
+        return found
 
-    def _part(self, c: int, mine: Tensor | None) -> Tensor | None:
-        """A chunk's heads of what there is for all of this rank's."""
-        share, first = self.chunks[c].shares[self.rank], self.placement.shares[self.rank].q_start
-        return None if mine is None else mine[share.q_start - first : share.q_stop - first]
-
-    def _head_lse(self, c: int) -> Tensor:
-        """`[hq, B, S]` of a chunk's heads."""
-        p, share, mine = self.problem, self.chunks[c].shares[self.rank], self.placement.shares[self.rank]
-        every = self.saved[self.space.lse].view(self.stat_dtype).view(mine.q_heads, p.batch, p.seq)
-        return every[share.q_start - mine.q_start : share.q_stop - mine.q_start]
-
-    def _qkv(self, c: int) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v of a chunk's heads over the whole sequence: views of the received rows."""
-        own, holder = self._rows_in(c), self.chunks[c].holders[self.rank]
-        carried = own if holder == c else self._rows_in(holder)
-        return own["q"], carried["k"], carried["v"]
-
-    def _rows_in(self, c: int) -> dict[str, Tensor]:
+    def _rows_in(self, c: int) -> list[dict[str, Tensor]]:
         received = self.received.get(("exchange_in", c))
         if received is None:
             received = [self.saved[region].view(self.dtype) for region in self.space.sections[c]]
         return layout.views_of_rows(self.problem, self.rank, received, c)
 
-    def _options(self, c: int) -> Options:
-        p, given, share = self.problem, self.inputs, self.chunks[c].shares[self.rank]
-        found = Options(
-            scale=p.scale,
-            causal=p.causal,
-            heads=HeadMap(self.placement.group, share.q_start),
-            window=p.window,
-            softcap=p.softcap,
-            documents=given.documents,
-            sinks=self.per_head(given.sinks, share.q_start, share.q_stop),
-            slopes=self.per_head(given.slopes, share.q_start, share.q_stop),
-            dropout=given.dropout,
-            predicate=given.predicate,
-        )
-        if given.blocks is None:
+    def _options(self, c: int, n: int, keys: int) -> Options:
+        """Of a piece, whose k and v hold the first `keys` keys."""
+        found = piece_options(self.problem, self.inputs, self.chunks[c].pieces[self.rank][n], keys)
+        if self.inputs.blocks is None:
             return found
-        tables = () if given.documents is None else given.documents
-        key = (self.placement.shares[self.rank], len(self.chunks), p.bounds, p.seq, p.kv_seq)
-        return found._replace(blocks=self.group.memo.get((given.blocks, *tables), key, lambda: self._lists(found))[c])
-
-    def _lists(self, options: Options) -> list[Blocks]:
-        """Of every chunk, the tiles that a block mask and all other masks leave this rank's heads."""
-        status, mine = self.inputs.blocks, self.placement.shares[self.rank]
-        assert status is not None
-        status = status if status.size(1) == 1 else status[:, mine.q_start : mine.q_stop]
-        left = combine(status, options, self.problem.seq, self.problem.kv_seq)  # [1 or B, 1 or hq, n_q, n_k]
-        return [
-            lists(
-                left if left.size(1) == 1 else left[:, share.q_start - mine.q_start : share.q_stop - mine.q_start],
-                HeadMap(self.placement.group, share.q_start),
-                share.q_heads,
-                share.kv_heads,
-            )
-            for share in (chunk.shares[self.rank] for chunk in self.chunks)
-        ]
+        lists = self.group.memo.get(*block_lists(self.problem, self.inputs, self.placement, self.rank))
+        return found._replace(blocks=lists[c][n])

@@ -27,13 +27,14 @@ from .exchange.pool import Pool
 from .exchange.virtual import VirtualMember, VirtualWorld
 from .local import Local
 from .memo import Memo
+from .nodes import Nodes, nodes_of
 from .placement import Placement
 
 if TYPE_CHECKING:
     from .tracing import Trace
 
 DEFAULT_TIMEOUT = timedelta(minutes=5)
-EXCHANGES = ("auto", "shm", "nccl", "symm", "torch")
+EXCHANGES = ("auto", "shm", "nccl", "symm", "torch", "two_hop")
 
 Groupish: TypeAlias = "UlyssesGroup | dist.ProcessGroup | DeviceMesh | None"
 _Result = TypeVar("_Result")
@@ -43,19 +44,23 @@ class UlyssesGroup(AgreeingRanks):
     """The ranks over which a sequence is sharded.
 
     Args:
-        group: a `ProcessGroup`, a 1-D `DeviceMesh`, or None for the default group (one rank when `torch.distributed`
-            is not initialised). None is wrong for jobs that also have data-parallel ranks: every rank of the default
+        group: a `ProcessGroup`, a 1-D `DeviceMesh`, a 2-D one (nodes over a network, and the ranks of a node: the
+            sequence is sharded over it row by row), or None for the default group (one rank when `torch.distributed` is
+            not initialised). None is wrong for jobs that also have data-parallel ranks: every rank of the default
             group would hold a part of one sequence.
         exchange: who carries the rows: "shm" (every rank writes into the others' memory; CPU tensors, ranks that are
             processes of one Linux host), "nccl" (a communicator of its own, through cupy; rows on the CPU still go over
             the group), "symm" (as "shm", between GPUs of one NVLink domain, over PyTorch's symmetric memory; not yet
-            run on a GPU), "torch" (`all_to_all_single` on the group), or "auto": "shm" for a gloo group whose ranks
-            find that they can, "nccl" for CUDA where they have it, otherwise "torch". The same on every rank.
+            run on a GPU), "torch" (`all_to_all_single` on the group), "two_hop" (a 2-D mesh only: all-to-alls on its
+            groups, inside the nodes and then between them, for fewer messages over the network), or "auto": "shm" for a
+            gloo group whose ranks find that they can; for GPUs in a 2-D mesh "two_hop" where the cost model predicts it
+            to be faster; "nccl" for CUDA where they have it, otherwise "torch". The same on every rank.
         chunks: in how many parts a rank's heads go, so that the exchange of one hides behind the attention of another:
-            a number, which calls with fewer query heads per rank lower to that, or "auto": on a GPU what the cost
-            model predicts to be fastest, and 1 on CPUs, where overlap takes from attention what it hides, and in
-            compiled graphs.
-        check: what ranks compare before every call: "hash" of the call's signature, or "always" all of it.
+            a number, which calls with fewer query heads per rank lower to that, or "auto": on a GPU what
+            `ulysses-triton tune --chunks` found fastest for such layers, otherwise what the cost model predicts; and 1
+            on CPUs, where overlap takes from attention what it hides, and in compiled graphs.
+        check: what ranks compare before every call: "hash" of the call's signature, or "always" all of it. The same on
+            every rank.
         timeout: how long a rank waits for its peers.
 
     Raises GroupError for a group this rank is not in or that the exchange cannot carry, OptionError for an unknown
@@ -83,10 +88,21 @@ class UlyssesGroup(AgreeingRanks):
         self.timeout = timeout
         self.chunks = chunks
         self.memo = Memo()  # what was made once per batch of tokens: documents, lists of blocks
-        self.process_group = None if isinstance(group, VirtualMember) else process_group(group)
+        self.process_group: dist.ProcessGroup | None = None
+        self.nodes: Nodes | None = None
+        if isinstance(group, DeviceMesh) and group.ndim > 1:
+            self.nodes = nodes_of(group, timeout)
+            self.process_group = self.nodes.whole
+        elif exchange == "two_hop":
+            raise OptionError(
+                'exchange="two_hop" needs nodes: pass a 2-D DeviceMesh of nodes x ranks of a node, e.g. '
+                'init_device_mesh("cuda", (4, 8), mesh_dim_names=("node", "gpu"))'
+            )
+        elif not isinstance(group, VirtualMember):
+            self.process_group = process_group(group)
         self.devices = frozenset({"cpu", "cuda"})
         if self.process_group is not None and self.process_group.size() > 1:
-            control, carrier, pool, self._why = carriers_of(exchange, self.process_group, timeout)
+            control, carrier, pool, self._why = carriers_of(exchange, check, self.process_group, timeout, self.nodes)
             own = {"shm": frozenset({"cpu"}), "symm": frozenset({"cuda"})}
             self.devices = own.get(carrier.name) or devices_of(self.process_group)
         else:
@@ -142,6 +158,7 @@ class UlyssesGroup(AgreeingRanks):
         lines = [
             f"rank {self.rank} of {self.size}, group {self.name!r}",
             f"exchange: {self.exchange.name} ({self._why})",
+            *([] if self.nodes is None else [self.nodes.explain()]),
             f"devices: {', '.join(sorted(self.devices))}; deadline {self.timeout.total_seconds():g} s",
             f"calls: {self._calls}; control messages: {self.counts['control']}; "
             f"data exchanges: {sum(n for kind, n in self.counts.items() if kind != 'control')}",
@@ -171,7 +188,7 @@ def process_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessG
         if group.ndim != 1:
             raise OptionError(
                 f"group is a DeviceMesh of {group.ndim} dimensions {group.mesh_dim_names}; pass the one dimension that "
-                'the sequence is sharded over, e.g. mesh["sequence"]'
+                'the sequence is sharded over, e.g. mesh["sequence"], or a UlyssesGroup of two: nodes and their ranks'
             )
         return group.get_group()
     if not isinstance(group, dist.ProcessGroup):

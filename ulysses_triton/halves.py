@@ -111,12 +111,12 @@ class _Split(torch.autograd.Function):
 
 
 def received_views(problem: Problem, group: UlyssesGroup, received: Sequence[Tensor]) -> dict[str, Tensor]:
-    """q, k and v in what `exchange_in` returned, as the callable gets them."""
-    if torch.compiler.is_compiling():
-        return layout.views_of_rows(problem, group.rank, received)
-    return layout.views_of_rows(
-        problem, group.rank, received, split=lambda rows, sizes: _Split.apply(rows, sizes, group)
-    )
+    """q, k and v in what `exchange_in` returned, as the callable gets them; of a rank without heads q alone."""
+    split = layout.split if torch.compiler.is_compiling() else lambda rows, sizes: _Split.apply(rows, sizes, group)
+    views: dict[str, Tensor] = {}
+    for of_section in layout.views_of_rows(problem, group.rank, received, split=split):
+        views |= of_section
+    return views
 
 
 @torch.library.custom_op("ulysses_triton::exchange_out", mutates_args=())

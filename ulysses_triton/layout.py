@@ -23,7 +23,7 @@ class Workspace(NamedTuple):
     """What forward keeps for backward, as byte ranges of one buffer; O in head layout is for aten only."""
 
     sections: tuple[tuple[slice, ...], ...]  # of every chunk
-    lse: slice  # of all chunks
+    lse: tuple[tuple[slice, ...], ...]  # of every chunk's pieces
     outputs: tuple[slice, ...]  # of every chunk
     results: tuple[slice, ...]  # of every chunk: O of its heads on all ranks, where the output is projected
     size: int
@@ -32,7 +32,6 @@ class Workspace(NamedTuple):
 def workspace(problem: Problem, rank: int) -> Workspace:
     """The workspace of a problem on one rank. Ranges that backward does not need are empty."""
     placement, local = place(problem), choose(problem)
-    share = placement.shares[rank]
     stop = 0
 
     def region(size: int) -> slice:
@@ -44,18 +43,18 @@ def workspace(problem: Problem, rank: int) -> Workspace:
     grad = problem.grad and problem.attention != "callable"  # around a callable, autograd itself keeps the rows
     row = problem.batch * problem.item_size * grad
     sections = tuple(
-        tuple(region(sum(s.lens) * s.rows[rank].width * row * (not problem.recompute)) for s in chunk.qkv)
+        tuple(region(s.tokens(rank) * s.rows[rank].width * row * (not problem.recompute)) for s in chunk.qkv)
         for chunk in placement.chunks
     )
-    lse = region(share.q_heads * problem.seq * problem.stat_width * row)
+    lse = tuple(
+        tuple(region(piece.q_heads * piece.tokens * problem.stat_width * row) for piece in chunk.pieces[rank])
+        for chunk in placement.chunks
+    )
     outputs = tuple(
         region(problem.seq * chunk.out[0].rows[rank].width * row * local.keeps_output) for chunk in placement.chunks
     )
     tokens = problem.lens[rank] * problem.value_dim
-    results = tuple(
-        region(tokens * sum(share.q_heads for share in chunk.shares) * row * problem.projects_out)
-        for chunk in placement.chunks
-    )
+    results = tuple(region(tokens * len(chunk.heads.q) * row * problem.projects_out) for chunk in placement.chunks)
     return Workspace(sections, lse, outputs, results, stop)
 
 
@@ -84,7 +83,9 @@ def fields(problem: Problem, row: Row, flat: Tensor, tokens: int, split: Split =
 
 
 def _field(part: Tensor, field: Field, wide: torch.dtype) -> Tensor:
-    if field.width > 1:
+    if field.width > 1 and part.numel() == 0:  # whose strides say nothing
+        part = part.new_empty((*part.shape[:2], field.heads * field.stride), dtype=wide)
+    elif field.width > 1:
         part = part.view(wide)
     if field.name == "stat":
         return part
@@ -94,15 +95,16 @@ def _field(part: Tensor, field: Field, wide: torch.dtype) -> Tensor:
 
 def views_of_rows(
     problem: Problem, rank: int, received: Sequence[Tensor], chunk: int = 0, split: Split = split
-) -> dict[str, Tensor]:
-    """q `[S, B, hq, D]`, k `[Sk, B, hkv, D]` and v `[Sk, B, hkv, Dv]` of a rank, in the rows of a chunk it received.
+) -> list[dict[str, Tensor]]:
+    """Of every section of a chunk that a rank received: q `[n, B, h, D]` of a piece; in the last one k and v.
 
-    Without k and v where another chunk has them.
+    k is `[m, B, hkv, D]` and v `[m, B, hkv, Dv]`; they are missing where another chunk has them.
     """
-    views: dict[str, Tensor] = {}
-    for rows, section in zip(received, place(problem).chunks[chunk].qkv, strict=True):
-        views |= fields(problem, section.rows[rank], rows, sum(section.lens), split)
-    return views
+    sections = place(problem).chunks[chunk].qkv
+    return [
+        fields(problem, section.rows[rank], rows, section.tokens(rank), split)
+        for rows, section in zip(received, sections, strict=True)
+    ]
 
 
 def o_of_rows(problem: Problem, rank: int, rows: Tensor) -> Tensor:
@@ -115,46 +117,68 @@ def qkv_rows(
     rank: int,
     chunk: Chunk,
     sections: Sequence[Section],
+    carried: Sequence[range],
     blocks: Sequence[Sequence[Tensor]],
     heads: Heads | None = None,
-) -> Iterator[QKVRows]:
-    """Every rank's block of my tokens in each section, as q, k and v (or their gradients).
+) -> list[list[QKVRows]]:
+    """Of every rank its blocks of my tokens in each section, as q, k and v (or their gradients).
 
-    Heads are numbered as in the model, or as in `heads` where only these lie on the other side.
+    `carried` are the kv heads in every rank's rows. Heads are numbered as in the model, or as in `heads` where only
+    these lie on the other side.
     """
-    for owner, share in enumerate(chunk.shares):
-        views: dict[str, Tensor] = {}
-        for of_ranks, section in zip(blocks, sections, strict=True):
-            views |= fields(problem, section.rows[owner], of_ranks[owner], section.lens[rank])
-        shape = problem.kv_lens[rank], problem.batch, 0
-        k, v = (
-            views[name] if name in views else views["q"].new_empty((*shape, dim))
-            for name, dim in (("k", problem.head_dim), ("v", problem.value_dim))
-        )
-        q_head, kv_head = share.q_start, share.kv_start
-        if heads is not None:
-            q_head, kv_head = heads.q.index(q_head), heads.kv.index(kv_head) if k.size(2) else 0
-        yield QKVRows(views["q"], k, v, q_head, kv_head)
+    found = []
+    for owner, pieces in enumerate(chunk.pieces):
+        of_owner: list[QKVRows] = []
+        for number, (section, of_ranks) in enumerate(zip(sections, blocks, strict=True)):
+            first, tokens = section.overlap(owner, rank)
+            views = fields(problem, section.rows[owner], of_ranks[owner], tokens)
+            if not any(view.size(2) for view in views.values()):
+                continue
+            nothing = of_ranks[owner].new_empty(0)
+            q, k, v = (
+                views[name] if name in views else nothing.view(0, problem.batch, 0, dim)
+                for name, dim in (("q", problem.head_dim), ("k", problem.head_dim), ("v", problem.value_dim))
+            )
+            q_head = pieces[number].q_start if q.size(2) else 0
+            kv_head = carried[owner].start if k.size(2) else 0
+            if heads is not None:
+                q_head = heads.q.index(q_head) if q.size(2) else 0
+                kv_head = heads.kv.index(kv_head) if k.size(2) else 0
+            of_owner.append(QKVRows(q, k, v, q_head, kv_head, first, first))
+        found.append(of_owner)
+    return found
 
 
 def o_rows(
-    problem: Problem, rank: int, chunk: Chunk, section: Section, blocks: Sequence[Tensor], heads: Sequence[int]
-) -> Iterator[ORows]:  # fmt: skip
-    """Every rank's block of my tokens, as O (or its gradient) and LSE (or delta), numbered as they lie in `heads`."""
-    for owner, share in enumerate(chunk.shares):
-        views = fields(problem, section.rows[owner], blocks[owner], section.lens[rank])
-        yield ORows(views["o"], views.get("stat"), heads.index(share.q_start))
+    problem: Problem,
+    rank: int,
+    chunk: Chunk,
+    sections: Sequence[Section],
+    blocks: Sequence[Sequence[Tensor]],
+    heads: Sequence[int],
+) -> Iterator[ORows]:
+    """Every rank's blocks of my tokens, as O (or its gradient) and LSE (or delta), numbered as they lie in `heads`."""
+    for owner, pieces in enumerate(chunk.pieces):
+        for piece, section, of_ranks in zip(pieces, sections, blocks, strict=False):
+            first, tokens = section.overlap(owner, rank)
+            views = fields(problem, section.rows[owner], of_ranks[owner], tokens)
+            yield ORows(views["o"], views.get("stat"), heads.index(piece.q_start), first)
 
 
 def spans(
-    problem: Problem, rank: int, section: Section, blocks: Sequence[Tensor], names: tuple[str, ...]
-) -> list[Span]:  # fmt: skip
-    """Where a rank's results for every token go: a block per rank, or one block with all of them."""
-    lens = section.lens if len(blocks) > 1 else (sum(section.lens),)
+    problem: Problem,
+    rank: int,
+    section: Section,
+    blocks: Sequence[Tensor],
+    names: tuple[str, ...],
+    heads: slice = slice(None),
+) -> list[Span]:
+    """Where a rank's results for its tokens of a section go: a block per rank, or one block with all of them."""
+    lens = [section.overlap(rank, r)[1] for r in range(problem.ranks)] if len(blocks) > 1 else [section.tokens(rank)]
     found = []
     for block, start, n in zip(blocks, starts(lens), lens, strict=True):
         views = fields(problem, section.rows[rank], block, n)
-        found.append(Span(start, tuple(views.get(name) for name in names)))
+        found.append(Span(start, tuple(views[name][:, :, heads] if name in views else None for name in names)))
     return found
 
 

@@ -35,7 +35,7 @@ def shard_sequence(x: Tensor, group: Groupish = None, dim: int = 1, lens: Sequen
     the ranks is the gradient of x. Raises ShapeError when `lens` does not add up to S.
     """
     own = resolve(group)
-    dim = _dim(x, dim)
+    dim = dim_of(x, dim)
     lengths = tuple(lens) if lens is not None else shard_lens(x.size(dim), own.size)
     if len(lengths) != own.size or sum(lengths) != x.size(dim) or min(lengths) < 0:
         raise ShapeError(
@@ -57,7 +57,7 @@ def gather_sequence(x: Tensor, group: Groupish = None, dim: int = 1, lens: Seque
     tokens, added in rank order. Raises ShapeError on every rank when shapes do not fit.
     """
     own = resolve(group)
-    dim = _dim(x, dim)
+    dim = dim_of(x, dim)
     lengths = tuple(lens) if lens is not None else (x.size(dim),) * own.size
     try:
         if len(lengths) != own.size or lengths[own.rank] != x.size(dim):
@@ -76,9 +76,10 @@ def gathered(group: UlyssesGroup, what: str, x: Tensor, lens: Sequence[int]) -> 
     """All ranks' `x` [L, ...] as one, by one exchange that they agree on as `what`; without a gradient."""
     each = math.prod(x.shape[1:])
     group.agree(what, _signature(x, lens))
-    mine, at = lens[group.rank] * each, sum(lens[: group.rank]) * each
-    message = Message((mine,) * group.size, tuple(n * each for n in lens), (at,) * group.size)
-    whole = _exchange(group, what, message, [x.contiguous().view(-1)] * group.size)
+    sizes = tuple(n * each for n in lens)
+    mine, at = sizes[group.rank], sum(sizes[: group.rank])
+    message = Message((mine,) * group.size, sizes, (at,) * group.size, lambda a, b: sizes[a])
+    whole = exchanged(group, what, message, [x.contiguous().view(-1)] * group.size)
     return whole.view(sum(lens), *x.shape[1:])
 
 
@@ -97,12 +98,9 @@ class _Gather(torch.autograd.Function):
         group.agree("gather_sequence backward", _signature(grad, lens))
         parts = [part.reshape(-1) for part in torch.split(grad, list(lens))]
         mine = parts[group.rank].numel()
-        message = Message(
-            tuple(part.numel() for part in parts),
-            (mine,) * group.size,
-            tuple(part.numel() * group.rank for part in parts),
-        )
-        received = _exchange(group, "gather_sequence backward", message, parts)
+        sizes = tuple(part.numel() for part in parts)
+        message = Message(sizes, (mine,) * group.size, tuple(n * group.rank for n in sizes), lambda a, b: sizes[b])
+        received = exchanged(group, "gather_sequence backward", message, parts)
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
         total = received.view(group.size, mine).sum(0, dtype=wide).to(grad.dtype)
         return total.view(lens[group.rank], *grad.shape[1:]), None, None
@@ -112,22 +110,22 @@ def _signature(x: Tensor, lens: Sequence[int]) -> str:
     return f"lens={tuple(lens)}; shape of a token={tuple(x.shape[1:])}; dtype={x.dtype}"
 
 
-def _exchange(group: UlyssesGroup, name: str, message: Message, parts: Sequence[Tensor]) -> Tensor:
-    """One hop that sends `parts[rank]` to every rank; returns what arrives, flat."""
+def exchanged(group: UlyssesGroup, name: str, message: Message, parts: Sequence[Tensor]) -> Tensor:
+    """One hop that sends `parts[rank]` to every rank, any shape and strides; returns what arrives, flat."""
     group.counts[name] += 1
     with group.call():
         receive = group.pool.take((sum(message.receive),), parts[0].dtype, parts[0].device)
         with group.step(name):
             hop = group.exchange.open([message], [receive], [None])
         for block, part in zip(hop.blocks[0], parts, strict=True):
-            block.copy_(part)
+            block.view(part.shape).copy_(part)
         with group.step(name):
             hop.start()
             hop.finish()
     return receive
 
 
-def _dim(x: Tensor, dim: int) -> int:
+def dim_of(x: Tensor, dim: int) -> int:
     if not -x.dim() <= dim < x.dim():
         raise ShapeError(f"dim = {dim} is outside a tensor of shape {list(x.shape)}")
     return dim % x.dim()

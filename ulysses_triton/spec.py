@@ -56,6 +56,7 @@ class Problem:
     out_features: int | None = None  # channels of the output, where it is projected
     out_bias: bool = False
     chunks: int = 1  # that a rank's heads go in, at most its query heads
+    cuts: tuple[int, ...] = ()  # where the ranks' work ends, if documents or blocks weigh on it (`placement.cuts`)
     tuning: str = ""  # of the launch configurations in force, where kernels attend: the rank's own
 
     @property
@@ -89,6 +90,11 @@ class Problem:
     def stat_width(self) -> int:
         """Elements that one LSE or delta takes in a row: fp32 for all dtypes, fp64 for fp64."""
         return max(1, 4 // self.item_size)
+
+    @property
+    def result_size(self) -> int:
+        """Bytes of one output, of a token and head, with its LSE if that is asked for."""
+        return self.batch * self.item_size * (self.value_dim + self.stat_width * self.return_lse)
 
     @property
     def concrete(self) -> bool:
@@ -179,7 +185,8 @@ def differences(signatures: Sequence[str]) -> str:
 _REMEDIES = {
     "tuning": " (launch configurations; `ulysses-triton tune` under torchrun gives all hosts the same, and so does one "
     "folder for all in ULYSSES_TRITON_CACHE)",
-    "chunks": ' (of UlyssesGroup; "auto" follows from the GPU: give a number where ranks have different ones)',
+    "chunks": " (of UlyssesGroup; 'auto' follows from the GPU and what `ulysses-triton tune --chunks` kept for it: "
+    "give a number where ranks have different ones)",
 }
 
 

@@ -19,7 +19,7 @@ import platform
 import struct
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -27,7 +27,6 @@ from types import TracebackType
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
 
 from .errors import OptionError
 from .exchange.base import Hop
@@ -75,13 +74,9 @@ class Trace(Timeline):
         yield
         self._marks.append((_event(group, step), device, (begin, _mark(device))))
 
-    def hop(
-        self, group: UlyssesGroup, name: str, chunk: int, hop: Hop, into: Sequence[Sequence[Tensor]], part: float,
-        device: torch.device,
-    ) -> Hop:  # fmt: skip
-        """A hop that records itself. The rank writes `part` of `into`: per message, per rank, memory of that rank."""
-        others = (x.nbytes for ranks in into for rank, x in enumerate(ranks) if rank != group.rank)
-        event = _event(group, Step(name, "exchange", chunk))._replace(sent=round(sum(others) * part))
+    def hop(self, group: UlyssesGroup, name: str, chunk: int, hop: Hop, sent: int, device: torch.device) -> Hop:
+        """A hop that records itself; `sent` bytes go to other ranks."""
+        event = _event(group, Step(name, "exchange", chunk))._replace(sent=sent)
         return _TracedHop(self, hop, event, device)
 
     def gather(self, group: Groupish = None) -> Timeline:

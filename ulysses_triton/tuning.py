@@ -1,7 +1,7 @@
 """`ulysses-triton tune`: measures launch configurations on this machine's GPU and keeps the fastest right ones.
 
 Under torchrun rank 0 tunes (`tuner`) while the others wait, and every host writes what rank 0 found to its own cache:
-ranks that tuned for themselves would choose differently.
+ranks that tuned for themselves would choose differently. Then all time whole layers together (`chunk_tuner`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import itertools
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,17 +19,20 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from . import tuner
+from . import chunk_cache, chunk_tuner, tuner
 from .case import DTYPES
 from .errors import ExchangeError, OptionError
+from .group import EXCHANGES, UlyssesGroup
 from .kernels import _cache, _config
 from .kernels._cache import Key
 from .machine import Machine, dry_machine, gpu_machine
 from .spec import MAX_HEAD_DIM
 from .trial_options import FLAGS
+from .verify import joined
 
 POLL_SECONDS = 0.5
 SILENT_SECONDS = 120.0  # after which rank 0, which gives a sign of life every POLL_SECONDS, is taken for dead
+LAYER_REPEATS = 20
 
 _DESCRIPTION = """\
 Find the fastest launch configurations of the kernels on this machine's GPU, and keep them in the user's cache folder
@@ -38,6 +42,9 @@ before it is timed. A run that is stopped goes on where it was; what is done alr
 Under torchrun rank 0 tunes, and all hosts get the same file:
 
     torchrun --nproc-per-node 8 -m ulysses_triton.cli tune --head-dims 128 --flags "causal;causal,window"
+
+With --chunks they also run layers of such a model together, in 1, 2 and 4 chunks, and keep which is fastest: what
+UlyssesGroup(chunks="auto") takes for such layers.
 
 Calls use the configuration whose flags and sequence are nearest, and where there is none that of the architecture.
 """
@@ -55,13 +62,51 @@ def tune_everywhere(
         return json.dumps([path.name, tuner.text(machine.gpu, _cache.read(path)), len(left)])
 
     name, content, left = json.loads(from_rank_0(work, group))
-    if dist.is_initialized():
-        if dist.get_rank(group) and not int(os.environ.get("LOCAL_RANK", 0)):
-            with tuner.writing(folder / name):
-                tuner.replace(folder / name, content)
-        dist.barrier(group)
+    _spread(folder / name, content, group)
     _config.forget()
     return int(left)
+
+
+def tune_chunks_everywhere(
+    keys: Sequence[chunk_cache.Key], machine: Machine, folder: Path, exchange: str, repeats: int, *,
+    again: bool = False, budget: float | None = None,
+) -> int:  # fmt: skip
+    """Time layers on all ranks of the default group, write the file on every host; returns how many are left."""
+    begin = time.monotonic()
+    path = folder / chunk_cache.file_of(machine.gpu)
+
+    def unfinished() -> str:
+        chunk_tuner.write(path, machine.gpu, [])  # what cannot be written is found out first
+        known = {} if again else chunk_cache.read(path)
+        done = [key for key, entry in known.items() if entry["source"] == chunk_cache.source()]
+        return json.dumps([i for i, key in enumerate(keys) if key not in done])
+
+    def in_time() -> str:
+        return "yes" if budget is None or time.monotonic() - begin < budget else ""
+
+    todo = json.loads(from_rank_0(unfinished))
+    left = len(todo)
+    for i in todo:
+        if not from_rank_0(in_time):
+            break
+        entry = chunk_tuner.fastest(keys[i], machine, exchange, repeats)
+        left -= 1
+        if dist.get_rank() == 0:
+            chunk_tuner.write(path, machine.gpu, [entry])
+            ms = ", ".join(f"{time} ms in {n}" for n, time in entry["ms"].items())
+            print(f"{len(todo) - left}/{len(todo)} {chunk_tuner.named(keys[i])}: {ms}", file=sys.stderr, flush=True)
+    _spread(path, from_rank_0(path.read_text), None)
+    chunk_cache.forget()
+    return left
+
+
+def _spread(path: Path, content: str, group: dist.ProcessGroup | None) -> None:
+    """Give every host the file that rank 0 has."""
+    if dist.is_initialized():
+        if dist.get_rank(group) and not int(os.environ.get("LOCAL_RANK", 0)):
+            with tuner.writing(path):
+                tuner.replace(path, content)
+        dist.barrier(group)
 
 
 _calls = itertools.count()
@@ -134,6 +179,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help=f"sets of options, divided by ';': dense, or some of {','.join(FLAGS)} (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--heads", metavar="HQ:HKV", help="query and kv heads of one rank (default: 8:2)")
+    parser.add_argument("--chunks", metavar="HQ:HKV", help="also layers of a model with so many heads, on all ranks")
+    parser.add_argument("--exchange", choices=EXCHANGES, default="auto", help="of those layers (default: %(default)s)")
     parser.add_argument("--budget", metavar="SECONDS", type=float, help="begin nothing after so long (default: no end)")
     parser.add_argument("--again", action="store_true", help="also what is done already")
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="in place of the user's cache folder")
@@ -148,28 +195,42 @@ def command(arguments: argparse.Namespace) -> int:
     dry = arguments.interpret
     if dry and arguments.out is None:
         raise OptionError("--interpret needs --out FOLDER: what a dry run finds is not for the user's cache")
-    keys = keys_of(
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if arguments.chunks and ranks == 1:
+        raise OptionError("--chunks needs the ranks that a sequence is to be sharded over: start tune under torchrun")
+    shapes = (
         [_dims(text) for text in (arguments.head_dims or ("16" if dry else "64,128")).split(",")],
         [_dtype(text) for text in (arguments.dtypes or ("fp32" if dry else "bf16")).split(",")],
         [_number("--seq", text) for text in (arguments.seq or ("64" if dry else "2048,8192,32768")).split(",")],
         [_flags(text) for text in arguments.flags.split(";")],
     )
-    heads = _heads(arguments.heads or ("2:1" if dry else "8:2"))
+    keys = keys_of(*shapes)
+    heads = _heads("--heads", arguments.heads or ("2:1" if dry else "8:2"))
+    model_heads = _heads("--chunks", arguments.chunks) if arguments.chunks else None
     machine = dry_machine() if dry else gpu_machine()
     folder = arguments.out or _cache.user_folder()
     if folder is None:
         raise OptionError(f"the user's cache needs platformdirs: pip install it, or name a folder in {_cache.FOLDER}")
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("gloo")
-    left = tune_everywhere(keys, machine, folder, heads, again=arguments.again, budget=arguments.budget)
+    again, budget = arguments.again, arguments.budget
+    with joined(machine.device):
+        begin = time.monotonic()
+        left = tune_everywhere(keys, machine, folder, heads, again=again, budget=budget)
+        files, count = [f"{_cache.slug(machine.gpu)}.json"], len(keys)
+        if model_heads is not None and not left:  # layers run with the tiles that were found
+            with UlyssesGroup(exchange=arguments.exchange) as group:
+                layers = chunk_tuner.keys_of(group.exchange.name, ranks, model_heads, *shapes)
+            rest = None if budget is None else budget - (time.monotonic() - begin)
+            repeats = 1 if dry else LAYER_REPEATS
+            left = tune_chunks_everywhere(
+                layers, machine, folder, arguments.exchange, repeats, again=again, budget=rest
+            )
+            files, count = [*files, chunk_cache.file_of(machine.gpu)], len(layers)
     if int(os.environ.get("RANK", 0)) == 0:
         if dry:
             print("DRY RUN in Triton's interpreter: the gate is real, times mean nothing, no GPU will read the file")
         if left:
-            print(f"{left} of {len(keys)} are left, for want of time: the same command goes on with them")
-        print(f"{folder / _cache.slug(machine.gpu)}.json", flush=True)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+            print(f"{left} of {count} are left, for want of time: the same command goes on with them")
+        print("\n".join(str(folder / name) for name in files), flush=True)
     return 0
 
 
@@ -215,9 +276,9 @@ def _flags(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _heads(text: str) -> tuple[int, int]:
+def _heads(option: str, text: str) -> tuple[int, int]:
     hq, _, hkv = text.partition(":")
-    heads = _number("--heads", hq), _number("--heads", hkv or hq)
+    heads = _number(option, hq), _number(option, hkv or hq)
     if heads[0] % heads[1]:
-        raise OptionError(f"--heads {text}: {heads[0]} query heads cannot share {heads[1]} kv heads")
+        raise OptionError(f"{option} {text}: {heads[0]} query heads cannot share {heads[1]} kv heads")
     return heads

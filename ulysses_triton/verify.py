@@ -256,7 +256,7 @@ def command(arguments: argparse.Namespace) -> int:
         raise OptionError(f"--rows {arguments.rows}; it must be at least 1")
     device = _device(arguments.device)
     case.check(device.type)
-    with _ranks(device), UlyssesGroup(exchange=arguments.exchange) as group:
+    with joined(device), UlyssesGroup(exchange=arguments.exchange) as group:
         try:
             return _verify(case, group, device, arguments.rows, arguments.repeats)
         except ExchangeError as error:
@@ -276,7 +276,7 @@ def _device(asked: str) -> torch.device:
 
 
 @contextmanager
-def _ranks(device: torch.device) -> Iterator[None]:
+def joined(device: torch.device) -> Iterator[None]:
     """The default process group under torchrun; alone there is none."""
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -29,7 +29,7 @@ class Hop(Protocol):
         """One-sided only: per message, per rank: that rank's whole receive buffer."""
 
     def start(self) -> None:
-        """All blocks are written: let them travel, or tell the peers."""
+        """All blocks are written: let them travel, or tell the peers. It may have to wait, as `finish` does."""
 
     def finish(self) -> None:
         """Wait, to the deadline at most, until everything for this rank has arrived.

@@ -6,6 +6,7 @@ connections of their own over the same ranks, so that they never wait behind dat
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
@@ -16,6 +17,8 @@ from torch import Tensor
 from ..placement import Message
 from .pool import Pool
 from .store import LastWords, meeting_point
+
+_NEWS_SECONDS = 0.25  # between two times of asking for news; less than failing ranks listen for each other's last words
 
 
 class TorchHop:
@@ -46,21 +49,28 @@ class TorchHop:
     def finish(self) -> None:
         for work, receive in zip(self._works, self._receive, strict=True):
             if receive.device.type == "cpu":
-                work.wait(self._exchange.timeout)
+                self._exchange.wait(work)
             else:
                 work.wait()  # only orders the streams; the process group's own watchdog has the deadline
 
 
 class TorchExchange:
-    """Collective hops over a process group."""
+    """Collective hops over a process group.
+
+    `news` is asked now and then while a hop is awaited on the CPU: a text ends it. It is for groups that are parts of a
+    larger one, where a rank can wait for one that waits for one that failed.
+    """
 
     name = "torch"
     one_sided = False
 
-    def __init__(self, group: dist.ProcessGroup, pool: Pool, timeout: timedelta) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, pool: Pool, timeout: timedelta, news: Callable[[], str | None] | None = None
+    ) -> None:
         self.group = group
         self.timeout = timeout
         self._pool = pool
+        self._news = news
 
     def open(self, messages: Sequence[Message], receive: Sequence[Tensor], send: Sequence[Tensor | None]) -> TorchHop:
         buffers = [
@@ -68,6 +78,24 @@ class TorchExchange:
             for message, into, mine in zip(messages, receive, send, strict=True)
         ]
         return TorchHop(self, messages, receive, buffers)
+
+    def wait(self, work: dist.Work) -> None:
+        """Until `work` is done, to the deadline at most."""
+        if self._news is None:
+            work.wait(self.timeout)
+            return
+        deadline = time.monotonic() + self.timeout.total_seconds()
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                work.wait(timedelta(seconds=max(min(left, _NEWS_SECONDS), 0.001)))  # 0 is no limit
+                return
+            except RuntimeError:
+                if work.is_completed() or left <= _NEWS_SECONDS:
+                    raise
+            text = self._news()
+            if text is not None:
+                raise RuntimeError(text)
 
     def close(self) -> None:
         pass
