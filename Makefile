@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CXX_USED := $(if $(filter default undefined,$(origin CXX)),g++,$(CXX))
 
-.PHONY: train test test-slow lint format setup peers compiler headers clean
+.PHONY: train test test-slow lint format setup peers limits compiler headers clean
 
 train: $(READY)
 	$(BIN)/ulysses-triton train $(if $(RANKS),--ranks $(RANKS)) $(ARGS)
@@ -34,6 +34,10 @@ setup: $(READY)
 # The libraries that bench.peers measures against, in an environment of their own.
 peers: $(VENV_PEERS)/.peers-ready
 	$(VENV_PEERS)/bin/python -m bench.peers $(ARGS)
+
+# Which head counts these take, and ours.
+limits: $(VENV_PEERS)/.peers-ready
+	$(VENV_PEERS)/bin/python -m bench.limits $(ARGS)
 
 $(VENV_PEERS)/.peers-ready: requirements/dev.txt requirements/peers.txt pyproject.toml
 	@$(MAKE) --no-print-directory VENV=$(VENV_PEERS) setup
