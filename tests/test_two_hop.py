@@ -27,6 +27,8 @@ from ulysses_triton import (
 
 NAMES = ("node", "gpu")
 CASES = [
+    Case((200, 150, 0, 100), heads=3, kv_heads=1),  # heads that are cut
+    Case((150, 150, 150, 150), heads=5, kv_heads=5, causal=False, chunks=2, dtype="bf16"),
     Case((8, 8, 8, 8), heads=8, kv_heads=8),
     Case((5, 0, 9, 2), heads=8, kv_heads=2, chunks=2, return_lse=True, causal=False),
     Case((0, 0, 13, 1), heads=4, kv_heads=1, dim=33, value_dim=40, batch=2, recompute="exchange", chunks=4),
