@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from ulysses_triton.balance import block_work, document_work
+from ulysses_triton.cuts import QUERY_TILE, cuts, pairs
 from ulysses_triton.kernels._views import CUT
-from ulysses_triton.placement import QUERY_TILE, cuts, pairs, place
+from ulysses_triton.placement import place
 from ulysses_triton.spec import Problem
 
 PLAIN = Problem(

@@ -15,7 +15,7 @@ from ulysses_triton import ExchangeError, UlyssesGroup, run_virtual
 from ulysses_triton.exchange.nccl import NcclExchange
 from ulysses_triton.exchange.two_hop import TwoHopExchange
 from ulysses_triton.exchange.virtual import VirtualWorld
-from ulysses_triton.placement import Message
+from ulysses_triton.messages import Message
 
 
 def message(rank: int, sizes: list[list[int]]) -> Message:

@@ -38,7 +38,19 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "kernels.signals",
         "kernels.unpack",
     ),
-    "values": ("chunk_cache", "cost", "errors", "masks", "placement", "schedule", "spec", "timeline", "timeline_svg"),
+    "values": (
+        "chunk_cache",
+        "cost",
+        "cuts",
+        "errors",
+        "masks",
+        "messages",
+        "placement",
+        "schedule",
+        "spec",
+        "timeline",
+        "timeline_svg",
+    ),
     "exchange": (
         "exchange",
         "exchange.base",
@@ -100,7 +112,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
 }
 WITHOUT_TORCH = (
     "cost",
+    "cuts",
     "errors",
+    "messages",
     "placement",
     "schedule",
     "spec",

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ulysses_triton.cuts import QUERY_TILE, Piece
 from ulysses_triton.errors import DtypeError, OptionError, ShapeError
-from ulysses_triton.placement import QUERY_TILE, Piece, Placement, chunk_count, inbound, outbound, place
+from ulysses_triton.messages import inbound, outbound
+from ulysses_triton.placement import Placement, chunk_count, place
 from ulysses_triton.spec import Problem, differences
 
 

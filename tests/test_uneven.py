@@ -20,7 +20,8 @@ from layer import Case, cases, check, joined, run
 from test_attention import hold_chunks, on_process, on_torch, sdpa, virtually
 
 from ulysses_triton import UlyssesGroup, cost, run_virtual, trace, ulysses_attention
-from ulysses_triton.placement import QUERY_TILE, place
+from ulysses_triton.cuts import QUERY_TILE
+from ulysses_triton.placement import place
 from ulysses_triton.spec import Problem
 
 S = 2 * QUERY_TILE + 100

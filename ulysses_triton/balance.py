@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .call import Call, describe
+from .cuts import QUERY_TILE, cuts, divides, pairs, takes_pieces
 from .group import UlyssesGroup
 from .kernels._blocks import BLOCK, combine
 from .kernels._views import Documents, HeadMap, Options
 from .packed import Offsets
-from .placement import QUERY_TILE, cuts, divides, pairs, takes_pieces
 from .spec import Problem
 
 

@@ -17,7 +17,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from . import schedule
-from .placement import Message, Piece, Section, chunk_count, inbound, outbound, pairs, place
+from .cuts import Piece, pairs
+from .messages import Message, Section, inbound, outbound
+from .placement import chunk_count, place
 from .schedule import Step, Which
 from .spec import Problem
 from .timeline import STREAMS, Event, Timeline

@@ -19,8 +19,9 @@ from .group import UlyssesGroup
 from .kernels._views import Documents, Dropout, HeadGrads, Options, ORows, Predicate, Span, Transform
 from .layout import workspace
 from .local import choose
+from .messages import Message, Section, inbound, outbound
 from .pieces import block_lists, piece_options
-from .placement import Heads, Message, Section, inbound, outbound, place
+from .placement import Heads, place
 from .projection import Projection, split_qkv
 from .schedule import Which
 from .spec import Problem

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .kernels._views import ORows, QKVRows, Span
 from .local import choose
-from .placement import Chunk, Field, Heads, Row, Section, place, round_up
+from .messages import Field, Row, Section, round_up
+from .placement import Chunk, Heads, place
 from .spec import Problem
 
 _ALIGN = 64  # bytes between the regions of a workspace

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .cuts import Piece
 from .kernels._blocks import combine, lists, within
 from .kernels._views import Blocks, HeadMap, Options, Part
-from .placement import Piece, Placement
+from .placement import Placement
 from .spec import Problem
 
 if TYPE_CHECKING:

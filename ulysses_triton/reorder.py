@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .errors import DtypeError, ShapeError
 from .group import Groupish, by_name, resolve
-from .placement import Message
+from .messages import Message
 from .shard import dim_of, exchanged
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .errors import DtypeError, OptionError, ShapeError
 from .group import Groupish, UlyssesGroup, by_name, process_group, resolve
-from .placement import Message
+from .messages import Message
 
 IGNORE_INDEX = -100  # the label that torch's cross_entropy leaves out
 

@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from ..placement import Message
+from ..messages import Message
 
 
 class Hop(Protocol):

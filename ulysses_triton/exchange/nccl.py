@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DeviceError, GroupError
-from ..placement import Message
+from ..messages import Message
 from .base import Control, Exchange, Hop
 from .cuda import CudaStream
 from .pool import Pool

@@ -39,7 +39,7 @@ from torch import Tensor
 from ..errors import DeviceError, GroupError, OutOfMemoryError
 from ..kernels import signals
 from ..kernels.poison import poison
-from ..placement import Message
+from ..messages import Message
 from .base import Control
 from .one_sided import OneSidedExchange, OneSidedHop
 from .store import share

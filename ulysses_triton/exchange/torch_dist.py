@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..placement import Message
+from ..messages import Message
 from .pool import Pool
 from .store import LastWords, meeting_point
 

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..placement import Message
+from ..messages import Message
 from .base import Exchange, Hop
 
 
