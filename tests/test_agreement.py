@@ -77,7 +77,6 @@ WRONG: dict[str, tuple] = {
     "head dim 0": ({n: torch.randn(2, 4, 6, 0) for n in "qkv"}, ShapeError, "q and k have head dim 0; .* 1 to 256"),
     "huge head dim": ({"v": torch.randn(2, 4, 3, 257)}, ShapeError, "v have head dim 257; .* 1 to 256"),
     "heads and kv heads": ({n: torch.randn(2, 4, 4, 16) for n in "kv"}, ShapeError, "multiple"),
-    "heads and ranks": ({n: torch.randn(2, 4, 4, 16) for n in "qkv"}, ShapeError, "1, 2, 4 ranks"),
     "lens too short": ({"lens": [4, 4]}, ShapeError, "2 entries"),
     "lens of others": ({"lens": [5, 5, 5]}, ShapeError, r"lens\[\d\] is 5, but q has 4 tokens"),
     "kv_lens missing": (
