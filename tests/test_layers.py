@@ -92,6 +92,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "__main__",
         "api",
         "balance",
+        "callables",
         "case",
         "chunk_tuner",
         "cli",

@@ -7,20 +7,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import chunk_cache, cost, halves, masks, op
+from . import chunk_cache, cost, masks, op
 from .balance import weighed_cuts
 from .call import Call, describe
-from .errors import DeviceError, DtypeError, ExchangeError, OptionError, ShapeError, UlyssesError
-from .group import Groupish, UlyssesGroup, resolve
+from .callables import by_callable
+from .errors import DeviceError, DtypeError, OptionError, ShapeError, UlyssesError
+from .group import Groupish, UlyssesGroup, resolve, told_to_peers
 from .packed import Offsets, kept_tables
 from .packed import check as check_packing
 from .packed import tables as packed_tables
-from .placement import place
 from .projection import Projection
-from .spec import Problem
 
 Attention = str | Callable[..., Tensor]
 NO_PROJECTION = Projection()
@@ -79,7 +77,8 @@ def ulysses_attention(
             own document, wherever it lies; negative is padding, with zeros as output and gradients. Gathered once for
             as long as it is the same tensor, so pass the same one to all layers.
         cu_seqlens: offsets `[documents + 1]` in the whole sequence, from 0 to S, equal on all ranks, as ints or a
-            tensor: the same for a batch of 1. A tensor on a GPU is read once. Documents may be empty. With
+            tensor: the same for a batch of 1. A tensor on a GPU is read once; ints and a CPU tensor also weigh on where
+            heads are cut that the ranks do not divide. Documents may be empty. With
             `cu_seqlens_k` keys have documents of their own lengths; causal and window then count from the beginning of
             every document.
         mask: a predicate under `masks.register` that says which pairs are attended; or `(predicate, *tensors)` with
@@ -107,7 +106,7 @@ def ulysses_attention(
             one rank's is. ExchangeError: when a peer died or did not come before the group's deadline.
     """
     own = resolve(group)
-    with _told_to_peers(own):
+    with told_to_peers(own):
         _check_tensors(own, q=q, k=k, v=v)
     return _attend(
         own, (q, k, v), causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks, slopes=alibi_slopes,
@@ -180,7 +179,7 @@ def ulysses_qkv_attention(
         As `ulysses_attention`.
     """
     own = resolve(group)
-    with _told_to_peers(own):
+    with told_to_peers(own):
         _check_tensors(own, qkv=qkv)
         cos, sin = (None, None) if rope is None else rope
         around = Projection(None, weight, bias, out_weight, out_bias)
@@ -193,20 +192,6 @@ def ulysses_qkv_attention(
         mask=mask, dropout=(dropout_p, dropout_seed), lens=lens, attention=attention, recompute=recompute,
         return_lse=return_lse,
     )  # fmt: skip
-
-
-class _told_to_peers:
-    """When this rank cannot make the call, let the peers know in the agreement, so that all raise."""
-
-    def __init__(self, group: UlyssesGroup) -> None:
-        self.group = group
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, UlyssesError):
-            self.group.refuse(error)
 
 
 def _check_tensors(group: UlyssesGroup, **tensors: object) -> None:
@@ -248,7 +233,7 @@ def _attend(
 ) -> Tensor | tuple[Tensor, Tensor]:
     p, seed = dropout
     p, scale, softcap, norm_eps = (_constant(x) for x in (p, scale, softcap, norm_eps))
-    with _told_to_peers(group):
+    with told_to_peers(group):
         if recompute not in (None, "exchange"):
             raise OptionError(f'recompute = {recompute!r}; it must be None or "exchange"')
         if not isinstance(attention, str) and not callable(attention):
@@ -324,11 +309,11 @@ def _attend(
         abi=op.ABI,
     )
     if not isinstance(attention, str):
-        return _around(group, attention, call, packing)
+        return by_callable(group, attention, call, packing)
     if group.chunks == "auto" and qkv[0].is_cuda and not torch.compiler.is_compiling():
         call = call._replace(chunks=_best_chunks(group, call))
     if not torch.compiler.is_compiling():
-        with _told_to_peers(group):
+        with told_to_peers(group):
             call = call._replace(cuts=weighed_cuts(group, call, *packing[1:]))
     out, lse, _ = op.attention(*call)
     return (out, lse) if return_lse else out
@@ -398,70 +383,3 @@ def _best_chunks(group: UlyssesGroup, call: Call) -> int:
         return measured
     machine = cost.machine_of(gpu, one_host)
     return 1 if machine is None else cost.best_chunks(problem, machine, one_sided=group.exchange.one_sided)
-
-
-def _around(group: UlyssesGroup, attention: Callable[..., Tensor], call: Call, packing: tuple[Any, Any, Any]) -> Tensor:
-    """A callable between the two halves of the exchange, which PyTorch projects around."""
-    around = call.projection
-    if any(given is not None for given in around):
-        assert call.q is not None
-        with _told_to_peers(group):
-            describe(group, call)
-        qkv = call.q if around.weight is None else F.linear(call.q, around.weight, around.bias)
-        call = call._replace(q=qkv, weight=None, bias=None, out_weight=None, out_bias=None)
-    rows, kv_rows = halves.exchange_in(*call)
-    problem, _ = describe(group, call)
-    received = [rows, kv_rows] if problem.cross else [rows]
-    views = halves.received_views(problem, group, received)
-    if place(problem).shares[group.rank].q_heads:
-        out = _asked(attention, group, problem, call, packing, views)
-    else:  # fewer heads than ranks, and none for this one
-        out = views["q"].transpose(0, 1).flatten(2).view(problem.batch, problem.seq, 0, problem.value_dim)
-        for given in (call.sinks, call.slopes):  # which get a gradient of zeros
-            out = out if given is None else out + given[:0].sum().to(out.dtype)
-    result = halves.exchange_out(
-        out.transpose(0, 1),
-        group.name,
-        problem.heads,
-        problem.kv_heads,
-        problem.head_dim,
-        list(problem.lens),
-        problem.causal,
-    )
-    return result if around.out_weight is None else F.linear(result.flatten(2), around.out_weight, around.out_bias)
-
-
-def _asked(
-    attention: Callable[..., Tensor],
-    group: UlyssesGroup,
-    problem: Problem,
-    call: Call,
-    packing: tuple[Any, Any, Any],
-    views: dict[str, Tensor],
-) -> Tensor:
-    """What the callable makes of this rank's heads, `[B, S, hq, Dv]`; where it fails, all ranks learn of it."""
-    q, k, v = (views[name].transpose(0, 1) for name in ("q", "k", "v"))
-    index = place(problem).kv_head_of(group.rank)
-    if len(index) % k.size(2) or index != [h // (len(index) // k.size(2)) for h in range(len(index))]:
-        k, v = k[:, :, index], v[:, :, index]  # query heads that begin inside a kv group: one kv head for each
-    share = place(problem).shares[group.rank]
-    sinks, slopes = (None if x is None else x[share.q_start : share.q_stop] for x in (call.sinks, call.slopes))
-    segment_ids, cu_seqlens, cu_seqlens_k = packing
-    if segment_ids is not None and call.q_documents is not None:
-        segment_ids = call.q_documents[0]  # of all ranks' tokens, numbered anew
-    given = {
-        "window": problem.window, "softcap": problem.softcap, "sinks": sinks, "alibi_slopes": slopes,
-        "segment_ids": segment_ids, "cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k,
-    }  # fmt: skip
-    options = {name: value for name, value in given.items() if value is not None}
-    try:
-        out = attention(q, k, v, causal=problem.causal, scale=problem.scale, **options)
-        expected = (*q.shape[:3], v.size(3))
-        if not isinstance(out, Tensor) or out.shape != expected or out.dtype != q.dtype:
-            got = f"{list(out.shape)} {out.dtype}" if isinstance(out, Tensor) else type(out).__name__
-            raise ShapeError(f"the attention callable returned {got}; expected {list(expected)} {q.dtype}")
-    except Exception as error:
-        told = f"the attention callable failed with {type(error).__name__}: {error}"
-        group.refuse(error if isinstance(error, UlyssesError) else ExchangeError(told))
-        raise
-    return out

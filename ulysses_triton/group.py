@@ -180,6 +180,20 @@ class UlyssesGroup(AgreeingRanks):
         self._chosen = local, placement
 
 
+class told_to_peers:
+    """When this rank cannot make the call, let the peers know in the agreement, so that all raise."""
+
+    def __init__(self, group: UlyssesGroup) -> None:
+        self.group = group
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, UlyssesError):
+            self.group.refuse(error)
+
+
 def process_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup | None:
     """The process group meant by what a user gives; None when there is no distributed run."""
     if group is None:
