@@ -48,6 +48,8 @@ def checks(*, dry: bool) -> list[Check]:
             Case(500, 2, 8, 8, 192, 128, "fp16", causal=False, recompute=True),
             Case(643, 2, 8, 2, 96, 96, "bf16", rope=True, qk_norm=True),
             Case(515, 1, 4, 4, 128, 128, "fp32", rope=True, qk_norm=True, uneven=True),
+            Case(1301, 1, 3, 1, 128, 128, "bf16", rope=True, uneven=True),  # heads that are cut
+            Case(1024, 2, 5, 5, 64, 64, "fp32", causal=False),
         ]
     cases = [replace(case, attention="triton") for case in cases]
     return [Check("layer", str(case), partial(_check, case=case)) for case in cases]
