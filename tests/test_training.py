@@ -232,11 +232,11 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_the_op_refuses_reaches_the_user_as_one_line(tmp_path: Path) -> None:
-    process = start("--heads", 3, "--kv-heads", 3, "--ranks", 2, "--sequence-length", 64, "--out", tmp_path / "run")
+    process = start("--head-dim", 258, "--ranks", 2, "--sequence-length", 64, "--out", tmp_path / "run")
     status, _, err = finish(process)
     assert status == 2
     assert err.startswith("ulysses-triton: error: ")
-    assert "3" in err
+    assert "258" in err
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 

@@ -68,13 +68,13 @@ def test_it_holds_on_two_ranks() -> None:
 
 
 def test_a_wrong_op_does_not_hold() -> None:
-    """Both ranks leave with 1, as torchrun's report says of the first one to fail."""
+    """Ranks leave with 1; torchrun may end the other one first."""
     process = run(*TORCHRUN, "--no-python", sys.executable, "-c", BROKEN, *SMALL)
     assert process.returncode == 1
     found = table(process.stdout)
     assert not found["out"][2] and found["dv"][2]
     assert "It does NOT hold." in process.stdout and "SDPA" not in process.stdout
-    assert set(re.findall(r"exitcode *: (-?\d+)", process.stderr)) == {"1"}, process.stderr
+    assert set(re.findall(r"exitcode *: (-?\d+)", process.stderr)) in ({"1"}, {"1", "-15"}), process.stderr
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
