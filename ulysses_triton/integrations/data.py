@@ -144,4 +144,4 @@ def _positions(inputs: Tensor, offsets: Tensor | None) -> Tensor:
 def _brief(value: Tensor) -> str:
     """The same text for equal tensors, and for others another; short enough to send."""
     plain = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return f"{list(value.shape)} {value.dtype} {hashlib.blake2b(plain.numpy(), digest_size=6).hexdigest()}"
+    return f"{list(value.shape)} {value.dtype} {hashlib.blake2b(plain.numpy().data, digest_size=6).hexdigest()}"
