@@ -1,9 +1,10 @@
 """Training runs for `test_trainer`, on one process as Hugging Face does them, and on ranks that share sequences.
 
-    python hugging_face_runs.py FOLDER
+    python hugging_face_runs.py FOLDER [VARIANT ...]
 
-runs every variant and writes FOLDER/NAME.RANK.pt, what rank RANK saw. A process of its own, because accelerate keeps
-its state for a process, and because importing these libraries takes seconds: here all ranks are forked after that.
+runs these variants (all but those of DeepSpeed) and writes FOLDER/VARIANT.RANK.pt, what rank RANK saw. In a process of
+its own, because accelerate keeps its state for a process, and because importing these libraries takes seconds: here all
+ranks are forked after that.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
+from torch.utils.data import DataLoader
 
 import ulysses_triton
 from ulysses_triton import count_tokens, token_mean
 from ulysses_triton.integrations import trainer
-from ulysses_triton.integrations.data import SequenceShards, sequence_group
+from ulysses_triton.integrations.data import SequenceShards, sequence_group, share_batches
 from ulysses_triton.integrations.transformers import enable
 
-STEPS, FEW, ACCUMULATE, VOCABULARY, PAD = 20, 6, 2, 61, 0
+STEPS, FEW, ACCUMULATE, VOCABULARY, PAD = 20, 8, 2, 61, 0
 IGNORED = -100
 RANKS = 4
 
@@ -155,7 +157,8 @@ def plain_loop(folder: Path, name: str, sequence_ranks: int | None) -> None:
         fully_shard(net)
     record.watch(net)
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
-    losses, lengths, counts = [], [], []
+    losses, lengths, counts, calls = [], [], [], Calls()
+    record["calls"] = []
     for micro in batches(rows, row):
         micro = [dict(shards(batch)) for batch in micro]
         if not sequence_ranks:  # as Hugging Face shifts them
@@ -179,7 +182,37 @@ def plain_loop(folder: Path, name: str, sequence_ranks: int | None) -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(value)
+        record["calls"].append(calls.count())
+    calls.end()
     record |= {"losses": losses, "lengths": lengths, "targets": counts}
+    record.save(folder, name)
+
+
+def accelerate_loop(folder: Path, name: str, sequence_ranks: int | None) -> None:
+    """The loop that README shows."""
+    accelerator, record, net = accelerate.Accelerator(cpu=True), Record(), model()
+    rows = accelerator.num_processes // (sequence_ranks or 1)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    loader: Any = DataLoader(samples(STEPS * 4, seed=1), batch_size=4 // rows, collate_fn=padded)
+    group = sequence_group(sequence_ranks or 1, accelerator.device.type)
+    if sequence_ranks:
+        enable(net, group)
+    net, optimizer, loader = accelerator.prepare(net, optimizer, loader)
+    losses, calls = [], Calls()
+    record["calls"] = []
+    for batch in map(SequenceShards(group), share_batches(loader, group)):
+        labels = batch.pop("shift_labels")
+        batch.pop("labels")
+        logits = net(**batch).logits
+        loss_sum = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        loss = token_mean(loss_sum, (labels != IGNORED).sum())
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        record["calls"].append(calls.count())
+    calls.end()
+    record["losses"] = losses
     record.save(folder, name)
 
 
@@ -232,10 +265,10 @@ def metrics(prediction: transformers.EvalPrediction) -> dict[str, float]:
 
 def arguments(kind: type, folder: Path, batch: int, **options: Any) -> Any:
     return kind(
-        output_dir=str(folder), use_cpu=True, per_device_train_batch_size=batch,
+        output_dir=str(folder), per_device_train_batch_size=batch,
         per_device_eval_batch_size=batch, gradient_accumulation_steps=ACCUMULATE, learning_rate=3e-3,
         lr_scheduler_type="constant", train_sampling_strategy="sequential", logging_steps=1, report_to="none",
-        disable_tqdm=True, dataloader_pin_memory=False, seed=3, **{"max_steps": STEPS} | options,
+        disable_tqdm=True, dataloader_pin_memory=False, seed=3, **{"use_cpu": True, "max_steps": STEPS} | options,
     )  # fmt: skip
 
 
@@ -252,10 +285,11 @@ def hugging_face(
     sharded: bool = False,
     resume: str | None = None,
     short: int = 0,
+    **options: Any,
 ) -> None:
     rows = dist.get_world_size() // sequence_ranks if sequence_ranks else 1
     steps = {"save_strategy": "steps", "save_steps": STEPS // 2, "eval_strategy": "steps", "eval_steps": STEPS // 2}
-    args = arguments(transformers.TrainingArguments, folder / (resume or name), 4 // rows, **steps)
+    args = arguments(transformers.TrainingArguments, folder / (resume or name), 4 // rows, **steps, **options)
     record = Record()
     made = trainer_class(transformers.Trainer, shards=bool(sequence_ranks), sharded=sharded)(
         model(), args, data_collator=padded, train_dataset=samples(STEPS * ACCUMULATE * 4 - short, seed=1),
@@ -266,14 +300,43 @@ def hugging_face(
     keep(record, made).save(folder, name)
 
 
+def zero(folder: Path, name: str, *, sequence_ranks: int, resume: str | None = None) -> None:
+    """DeepSpeed's ZeRO-3 under the Trainer, on CPUs."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it compiles C++
+    deepspeed.comm.init_distributed("gloo", auto_mpi_discovery=False)
+    # Arguments with `deepspeed=` would look for GPUs only; a state that is there already they take.
+    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_TORCH_DEVICE": "cpu"}
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.PartialState(backend="gloo")
+    config = {
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
+    }  # fmt: skip
+    hugging_face(
+        folder, name, sequence_ranks=sequence_ranks, resume=resume, deepspeed=config, use_cpu=False,
+        accelerator_config={"use_configured_state": True},
+    )  # fmt: skip
+
+
 def keep(record: Record, made: Any) -> Record:
     """The losses of all steps and what evaluations found."""
+    if made.is_deepspeed_enabled:
+        parameters = list(made.model.parameters())
+        record["zero_stage"] = made.deepspeed.zero_optimization_stage()
+        record["whole"] = sum(parameter.ds_numel for parameter in parameters)
+        record["local"] = sum(parameter.ds_tensor.numel() for parameter in parameters)
     history = made.state.log_history
     record["losses"] = [line["loss"] for line in history if "loss" in line]
     record["evaluations"] = [
         {key: value for key, value in line.items() if not key.endswith(("_second", "_runtime", "_time"))}
         for line in history if "eval_loss" in line
     ]  # fmt: skip
+    measured = ("num_tokens", "mean_token_accuracy", "entropy")  # by TRL
+    record["metrics"] = [{key: line[key] for key in measured if key in line} for line in history if "loss" in line]
     record["grad_norms"] = [float(line["grad_norm"]) for line in history if "grad_norm" in line]
     return record
 
@@ -321,6 +384,7 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
 def fine_tuning(folder: Path, name: str, *, sequence_ranks: int | None, packing: str, sharded: bool = False) -> None:
     rows = dist.get_world_size() // sequence_ranks if sequence_ranks else 1
     options = PACKING[packing]
+    count = 160 if "packing" in options else 23  # which makes a short batch at the end of an epoch
     args = arguments(
         trl.SFTConfig, folder / name, 2 // rows, save_strategy="no", eval_strategy="steps",
         eval_steps=options.get("max_steps", STEPS) // 2,
@@ -329,7 +393,7 @@ def fine_tuning(folder: Path, name: str, *, sequence_ranks: int | None, packing:
     record = Record()
     data = [
         datasets.Dataset.from_list([{"input_ids": sample["input_ids"], "labels": sample["labels"]} for sample in some])
-        for some in (samples(STEPS * ACCUMULATE * 2 * 2, seed=1), samples(16, seed=2))
+        for some in (samples(count, seed=1), samples(16 - count % 2, seed=2))
     ]
     made = trainer_class(trl.SFTTrainer, shards=bool(sequence_ranks), sharded=sharded)(
         model(), args, train_dataset=data[0], eval_dataset=data[1], processing_class=tokenizer(),
@@ -343,6 +407,8 @@ VARIANTS: dict[str, tuple[int, Callable[..., None], dict[str, Any]]] = {
     "loop_1": (1, plain_loop, {"sequence_ranks": None}),
     "loop_4": (RANKS, plain_loop, {"sequence_ranks": 4}),
     "loop_2x2": (RANKS, plain_loop, {"sequence_ranks": 2}),
+    "accelerate_1": (1, accelerate_loop, {"sequence_ranks": None}),
+    "accelerate_2x2": (RANKS, accelerate_loop, {"sequence_ranks": 2}),
     "trainer_1": (1, hugging_face, {"sequence_ranks": None}),
     "trainer_1_short": (1, hugging_face, {"sequence_ranks": None, "short": 3}),
     "trainer_4": (RANKS, hugging_face, {"sequence_ranks": 4, "short": 3}),
@@ -353,6 +419,9 @@ VARIANTS: dict[str, tuple[int, Callable[..., None], dict[str, Any]]] = {
     "refused": (RANKS, refusals, {}),
     **{f"sft_{kind}_1": (1, fine_tuning, {"sequence_ranks": None, "packing": kind}) for kind in PACKING},
     **{f"sft_{kind}_4": (RANKS, fine_tuning, {"sequence_ranks": 4, "packing": kind}) for kind in PACKING},
+    "zero_4": (RANKS, zero, {"sequence_ranks": 4}),
+    "zero_4_resumed": (RANKS, zero, {"sequence_ranks": 4, "resume": "zero_4"}),
+    "zero_2x2": (RANKS, zero, {"sequence_ranks": 2}),
     "sft_bfd_2x2": (RANKS, fine_tuning, {"sequence_ranks": 2, "packing": "bfd", "sharded": True}),
 }
 
@@ -378,13 +447,14 @@ def serve(folder: Path, names: list[str], rank: int, world: int, port: int) -> N
 
 
 def main(folder: Path, *names: str) -> None:
+    names = names or tuple(name for name in VARIANTS if not name.startswith("zero"))
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     context = multiprocessing.get_context("fork")
     processes = []
     for world in (1, RANKS):
-        mine = [name for name, (ranks, *_) in VARIANTS.items() if ranks == world and (not names or name in names)]
+        mine = [name for name, (ranks, *_) in VARIANTS.items() if ranks == world and name in names]
         for rank in range(world if mine else 0):
             processes.append(context.Process(target=serve, args=(folder, mine, rank, world, port)))
             processes[-1].start()

@@ -13,6 +13,8 @@ ranks have in all accumulation steps and weights every one alike, so the loss is
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -69,7 +71,8 @@ class SequenceParallelMixin:
         if num_items_in_batch is None:  # TRL's evaluation; each rank's mean would weight its shard like any other
             trainer: Any = self
             num_items_in_batch = trainer._get_num_items_in_batch([inputs], trainer.args.device)
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        with _sums_of_all_ranks(self.accelerator):  # type: ignore[attr-defined]
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         """As without shards: the loss of this row's sequences, and their whole logits and labels."""
@@ -104,6 +107,19 @@ class SequenceParallelMixin:
         rows = gathered.view(-1, self.sequence.size, *found.shape)[:, 0].flatten(0, 1)
         state = accelerator.gradient_state
         return rows[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else rows
+
+
+@contextmanager
+def _sums_of_all_ranks(accelerator: Any) -> Iterator[None]:
+    """Keep `gather_for_metrics` from leaving out ranks for samples that the last batch of an epoch lacks.
+
+    TRL gathers a sum of every rank by it; each is that of a shard.
+    """
+    accelerator.gather_for_metrics = accelerator.gather
+    try:
+        yield
+    finally:
+        del accelerator.gather_for_metrics
 
 
 def _unfit(trainer: Any) -> list[tuple[Any, str]]:
