@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -63,7 +63,31 @@ def qwen3_window(**options: Any) -> Any:
     return qwen3(**alternating | options)
 
 
-MODELS = {f.__name__: f for f in (llama, mistral, qwen3, qwen3_window)}
+def gemma2(**options: Any) -> Any:
+    """Softcap of the scores, an alternating window and a scale of its own."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    own = {"sliding_window": WINDOW, "attn_logit_softcapping": 0.5, "query_pre_attn_scalar": 4}
+    return Gemma2ForCausalLM(Gemma2Config(**TINY | own | options))
+
+
+def gemma3(**options: Any) -> Any:
+    """QK-norm, an alternating window, and RoPE of another base for layers that have one."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    own = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+    return Gemma3ForCausalLM(Gemma3TextConfig(**TINY | own | options))
+
+
+def gpt_oss(**options: Any) -> Any:
+    """Sinks, an alternating window and experts."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    own = {"sliding_window": WINDOW, "num_local_experts": 3, "num_experts_per_tok": 2}
+    return GptOssForCausalLM(GptOssConfig(**TINY | own | options))
+
+
+MODELS = {f.__name__: f for f in (llama, mistral, qwen3, qwen3_window, gemma2, gemma3, gpt_oss)}
 
 
 @dataclass(frozen=True)
@@ -129,8 +153,13 @@ def dense(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, sc
     groups = query.size(1) // key.size(1)
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * scaling
+    if getattr(module.config, "attn_logit_softcapping", None) is not None:
+        scores = (scores / module.config.attn_logit_softcapping).tanh() * module.config.attn_logit_softcapping
     scores = scores.masked_fill(~allowed[:, None], -torch.inf)
-    weights = torch.where(allowed.any(-1)[:, None, :, None], scores, 0.0).softmax(-1)
+    scores = torch.where(allowed.any(-1)[:, None, :, None], scores, 0.0)  # of padding; anything but NaN
+    if hasattr(module, "sinks"):
+        scores = torch.cat([scores, module.sinks[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
+    weights = scores.softmax(-1)[..., : key.size(2)]
     return (weights @ value).transpose(1, 2), None
 
 
@@ -359,6 +388,73 @@ def test_labels_are_shifted_before_sharding() -> None:
 
     expected = case.build()(**case.inputs(), labels=case.inputs()["input_ids"]).loss.item()
     assert abs(sum(virtually(case, 2, run)) - expected) < TOLERANCE
+
+
+def lora(model: Any) -> Any:
+    import peft
+
+    options = {"r": 4, "init_lora_weights": False, "target_modules": ["q_proj", "v_proj"]}
+    return peft.get_peft_model(model, peft.LoraConfig(**options))
+
+
+def test_lora() -> None:
+    """Enabled around PEFT's model; its parameters' gradients, and no others."""
+    case = Case("mistral", "rows")
+
+    def build() -> Any:
+        model = case.build()
+        torch.manual_seed(5)
+        return lora(model)
+
+    one, models = build(), [build(), build()]
+    expected = on_one(case, one)
+    assert len(expected.grads) == 8
+    check(case, virtually(case, 2, lambda case, group, _: on_rank(case, group, models[group.rank])), expected)
+    with pytest.raises(OptionError, match="generate does not work"):
+        models[0].generate(input_ids=torch.ones(1, 3, dtype=torch.int64))
+
+
+def compiled_step(case: Case, group: UlyssesGroup, model: Any) -> Found:
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            model.zero_grad()
+            found = step(model, part_of(case, group), shard_sequence(weight_of(case), group))
+    return replace(found, grads={name.removeprefix("_orig_mod."): grad for name, grad in found.grads.items()})
+
+
+def compiled(ctx: Any, cases: list[Case], checkpointing: bool) -> list[Found]:
+    found = []
+    with UlyssesGroup(ctx.group) as group:
+        for case in cases:
+            torch._dynamo.reset()
+            model = case.build()
+            if checkpointing:
+                model.train()
+                model.activation_checkpointing_enable({"use_reentrant": False})
+            enable(model, group, attention="reference")
+            found.append(compiled_step(case, group, torch.compile(model, fullgraph=True, backend="aot_eager")))
+    return found
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_whole(pool: Any, checkpointing: bool) -> None:
+    cases = [Case("mistral", kind) for kind in ("packed", "left", "offsets")]
+    by_rank = pool.run(2, compiled, cases, checkpointing)
+    for number, case in enumerate(cases):
+        check(case, [found[number] for found in by_rank])
+
+
+def test_compiled_layer_by_layer() -> None:
+    """Calls are counted where they happen, not where they are traced."""
+    case = Case("mistral", "packed")
+    model = case.build()
+    enable(model, attention="reference")
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager")
+    for _ in range(2):
+        model.zero_grad()
+        found = step(model, case.inputs(), weight_of(case))
+    check(case, [found])
 
 
 # ---- what is refused

@@ -141,10 +141,10 @@ class _Hooks:
                 )
             )
         given = dict(zip(self.names, args, strict=False)) | kwargs
-        try:
-            return (), given | self.told(given)
-        finally:
+        given |= self.told(given)
+        if not torch.compiler.is_compiling():  # where the number would be a constant
             self.calls = self.group.latest[0]
+        return (), given
 
     def after(self, trunk: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not torch.compiler.is_compiling() and self.group.latest[0] == self.calls:
@@ -262,9 +262,15 @@ def attend(
     return out, None
 
 
-def mask(*args: Any, mask_function: Callable[..., Any] | None = None, **kwargs: Any) -> None:
-    """The mask function: None, as `attend` knows what is attended; raises for a mask that it does not know."""
-    for name in _parts(mask_function):
+def mask(*args: Any, mask_function: Callable[..., Any], use_vmap: bool = False, **kwargs: Any) -> None:
+    """The mask function: None, as `attend` knows what is attended; raises for a mask that it does not know.
+
+    `use_vmap`: transformers says that the model put a mask function of its own into it.
+    """
+    # What functions close over cannot be traced; a mask of blocks is the outermost function then.
+    traced = torch.compiler.is_compiling()
+    names = [_name(mask_function), *["a function of its own"] * use_vmap] if traced else _parts(mask_function)
+    for name in names:
         if name not in MASKS:
             raise OptionError(
                 f"the model masks attention by {name}, which is not handled over shards; only causal and bidirectional "
@@ -284,10 +290,14 @@ MASKS = {
 }
 
 
+def _name(function: Any) -> str:
+    ours = function.__module__ == "transformers.masking_utils"
+    return str(function.__qualname__) if ours else f"{function.__module__}.{function.__qualname__}"
+
+
 def _parts(function: Any) -> Iterator[str]:
     """The names of a mask function and of all functions that it is made of."""
-    ours = function.__module__ == "transformers.masking_utils"
-    yield function.__qualname__ if ours else f"{function.__module__}.{function.__qualname__}"
+    yield _name(function)
     for cell in function.__closure__ or ():
         found = cell.cell_contents
         for inner in found if isinstance(found, tuple) else (found,):
