@@ -18,6 +18,8 @@ from ..errors import OptionError
 LAYER_TYPES = ("full_attention", "sliding_attention")
 # Heads that look at each token by itself. Others pool over tokens, or search for one, of which a rank has a part.
 HEADS = re.compile(r"(?<!PreTrained)Model$|For(CausalLM|MaskedLM|TokenClassification)$|LMHeadModel$")
+# What an attention layer calls the other sequence that it attends to.
+CROSS = {"key_value_states", "encoder_hidden_states"}
 # Layers that mix tokens by other means than the attention interface.
 MIXERS = re.compile(
     r"Mamba|DeltaNet|R[Ww][Kk][Vv]|Recurrent|R[Gg]L[Rr][Uu]|SSM|SSD|Retention|Hyena|Lightning|ShortConv|LinearAtt"
@@ -95,8 +97,9 @@ def parameters_of(trunk: nn.Module) -> tuple[str, ...]:
 
 
 def counts_positions(trunk: nn.Module) -> bool:
-    """Whether positions that are not given are counted from 0, one per token."""
-    return re.search(r"position_ids = torch\.arange\(", source_of(trunk)) is not None
+    """Whether positions that are not given are counted from 0, one per token, also where an embedding does it."""
+    counted = r"position_ids = (torch\.arange\(|self\.position_ids\[:, )"
+    return any(re.search(counted, source_of(layer)) for layer in (trunk, *trunk.children()))
 
 
 def _holds(outer: str, name: str) -> bool:
@@ -139,8 +142,8 @@ def _check_attention(name: str, module: nn.Module, model: Any) -> None:
         raise OptionError(f"{said} has a sliding window that its attention call does not name, so it is not handled")
     if not isinstance(getattr(module, "is_causal", None), bool):
         raise OptionError(f"{said} does not say whether it is causal (is_causal), so it is not handled")
-    if not module.is_causal:
-        raise OptionError(f"{said} is not causal; encoders are not handled yet")
+    if CROSS & set(parameters_of(module)) and getattr(model.config, "add_cross_attention", False):
+        raise OptionError(f"{said} may attend to another sequence (add_cross_attention), which is not handled")
 
 
 def _check_mixing(name: str, module: nn.Module) -> None:
@@ -158,6 +161,11 @@ def _check_mixing(name: str, module: nn.Module) -> None:
     else:
         mixes = isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) or MIXERS.search(kind.__name__) is not None
         mixes = mixes or ("Attention" in kind.__name__ and bool(projects))
+    if "Pooler" in kind.__name__:
+        raise OptionError(
+            f"{said} pools over tokens of which a rank has only a part: build the model without "
+            f"(add_pooling_layer=False), gather its output with gather_sequence, and pool that"
+        )
     if mixes:
         raise OptionError(
             f"{said} mixes tokens by other means than transformers' attention interface, so it would see only its "

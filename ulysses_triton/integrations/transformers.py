@@ -25,6 +25,7 @@ from .documents import document_ids
 from .models import counts_positions, models_in, outermost, parameters_of, trunks_of
 
 NAME = "ulysses_triton"
+PER_TOKEN = ("ForMaskedLM", "ForTokenClassification")  # heads that take labels as they are
 STATE = "_ulysses_triton"  # the attribute under which a trunk keeps what `disable` needs
 
 # Keyword arguments that attention layers are handed and that change nothing here, or that the hook has read.
@@ -105,7 +106,7 @@ class _Hooks:
         self.implementation = model.config._attn_implementation
         self.handles: list[Any] = []
         self.calls = 0  # of the group when a forward pass began
-        if "labels" in self.names and group.size > 1:
+        if "labels" in self.names and group.size > 1 and not self.said.endswith(PER_TOKEN):
             self.handles.append(model.register_forward_pre_hook(self.check_labels, with_kwargs=True))
         if hasattr(model, "generate"):
             model.generate = _refuse_generation
@@ -122,7 +123,7 @@ class _Hooks:
 
     def check_labels(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(self.names, args, strict=False)) | kwargs
-        if given.get("labels") is None or "CausalLM" not in self.said or given.get("shift_labels") is not None:
+        if given.get("labels") is None or given.get("shift_labels") is not None:
             return
         self.fail(
             OptionError(
