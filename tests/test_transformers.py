@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -63,7 +63,40 @@ def qwen3_window(**options: Any) -> Any:
     return qwen3(**alternating | options)
 
 
-MODELS = {f.__name__: f for f in (llama, mistral, qwen3, qwen3_window)}
+def gemma2(**options: Any) -> Any:
+    """Softcap of the scores, an alternating window and a scale of its own."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    own = {"sliding_window": WINDOW, "attn_logit_softcapping": 0.5, "query_pre_attn_scalar": 4}
+    return Gemma2ForCausalLM(Gemma2Config(**TINY | own | options))
+
+
+def gemma3(**options: Any) -> Any:
+    """QK-norm, an alternating window, and RoPE of another base for layers that have one."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    own = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+    return Gemma3ForCausalLM(Gemma3TextConfig(**TINY | own | options))
+
+
+def gpt_oss(**options: Any) -> Any:
+    """Sinks, an alternating window and experts."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    own = {"sliding_window": WINDOW, "num_local_experts": 3, "num_experts_per_tok": 2}
+    return GptOssForCausalLM(GptOssConfig(**TINY | own | options))
+
+
+def bert(**options: Any) -> Any:
+    """Not causal, with learned positions."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    small = {name: n for name, n in TINY.items() if name not in ("head_dim", "num_key_value_heads")}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return BertForMaskedLM(BertConfig(**small | dropout | options))
+
+
+MODELS = {f.__name__: f for f in (llama, mistral, qwen3, qwen3_window, gemma2, gemma3, gpt_oss, bert)}
 
 
 @dataclass(frozen=True)
@@ -118,19 +151,28 @@ def runs(row: torch.Tensor) -> torch.Tensor:
 
 
 def dense(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float, **kwargs: Any) -> Any:
-    """Attention by its definition, with the mask of pairs `[B, S, S]` that the case has put into `dense.documents`."""
-    ids, layer = dense.documents, module.layer_idx
+    """Attention by its definition, with the documents `[B, S]` that are in `dense.documents` by length."""
+    ids, layer = dense.documents[query.size(2)], module.layer_idx
+    key_ids = dense.documents[key.size(2)]
     q_pos, k_pos = (torch.arange(x.size(2)) for x in (query, key))
     distance = q_pos[:, None] - k_pos[None]
-    allowed = (ids[:, :, None] == ids[:, None]) & (ids[:, None] >= 0) & (distance >= 0)
+    allowed = (ids[:, :, None] == key_ids[:, None]) | (query.size(2) != key.size(2))
+    allowed = allowed & (key_ids[:, None] >= 0)
+    if module.is_causal:
+        allowed = allowed & (distance >= 0)
     types = getattr(module.config, "layer_types", None)
     if types[layer] == "sliding_attention" if types else getattr(module.config, "sliding_window", None):
         allowed = allowed & (distance < WINDOW)
     groups = query.size(1) // key.size(1)
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * scaling
+    if getattr(module.config, "attn_logit_softcapping", None) is not None:
+        scores = (scores / module.config.attn_logit_softcapping).tanh() * module.config.attn_logit_softcapping
     scores = scores.masked_fill(~allowed[:, None], -torch.inf)
-    weights = torch.where(allowed.any(-1)[:, None, :, None], scores, 0.0).softmax(-1)
+    scores = torch.where(allowed.any(-1)[:, None, :, None], scores, 0.0)  # of padding; anything but NaN
+    if hasattr(module, "sinks"):
+        scores = torch.cat([scores, module.sinks[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
+    weights = scores.softmax(-1)[..., : key.size(2)]
     return (weights @ value).transpose(1, 2), None
 
 
@@ -161,7 +203,7 @@ def weight_of(case: Case) -> torch.Tensor:
 def on_one(case: Case, model: Any = None) -> Found:
     model = case.build() if model is None else model
     model.set_attn_implementation("dense")
-    dense.documents = case.documents()
+    dense.documents = {case.tokens: case.documents()}
     inputs = {name: x for name, x in case.inputs().items() if name in ("input_ids", "position_ids")}
     return step(model, inputs, weight_of(case))
 
@@ -202,9 +244,11 @@ def check(case: Case, found: list[Found], expected: Found | None = None) -> None
     assert (whole.logits - expected.logits)[real].abs().max() < TOLERANCE
     assert whole.grads.keys() == expected.grads.keys()
     for name, grad in expected.grads.items():
-        assert grad.abs().max() > 0, name
-        error = (whole.grads[name] - grad).abs().max() / grad.abs().max()
-        assert error < TOLERANCE, (name, error)
+        # A bias of all keys changes no softmax: its gradient is zero but for rounding, that of queries' is the measure.
+        like = name.replace("key.bias", "query.bias").replace("k_proj.bias", "q_proj.bias")
+        scale = expected.grads[like].abs().max()
+        error = (whole.grads[name] - grad).abs().max() / scale
+        assert scale > 0 and error < TOLERANCE, (name, error)
 
 
 INPUTS = ["plain", "packed", "rows", "offsets", "left", "right", "both"]
@@ -224,6 +268,92 @@ def test_models_on_processes(pool: Any, ranks: int) -> None:
     by_rank = pool.run(ranks, on_process, cases)
     for number, case in enumerate(cases):
         check(case, [found[number] for found in by_rank])
+
+
+@dataclass(frozen=True)
+class Translation:
+    """An encoder-decoder with other heads in its encoder, and sequences of other lengths in each."""
+
+    encoder: Case
+    decoder: Case
+
+    def build(self) -> Any:
+        from transformers import BartConfig, BartForConditionalGeneration
+
+        sizes = {"vocab_size": VOCABULARY, "d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "dropout": 0.0}
+        heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 2}
+        layers = {"encoder_layers": 1, "decoder_layers": 2, "max_position_embeddings": 64}
+        torch.manual_seed(0)
+        return BartForConditionalGeneration(BartConfig(**sizes, **heads, **layers))
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        target = {f"decoder_{name}": x for name, x in self.decoder.inputs().items()}
+        return self.encoder.inputs() | target
+
+    def expected(self) -> Found:
+        model = self.build()
+        model.set_attn_implementation("dense")
+        dense.documents = {case.tokens: case.documents() for case in (self.encoder, self.decoder)}
+        inputs = {name: x for name, x in self.inputs().items() if name.endswith("input_ids")}
+        return step(model, inputs, weight_of(self.decoder))
+
+    def part(self, group: UlyssesGroup) -> dict[str, Any]:
+        source, target = part_of(self.encoder, group), part_of(self.decoder, group)
+        lens = {
+            "ulysses_encoder_lens": source.pop("ulysses_lens", None),
+            "ulysses_lens": target.pop("ulysses_lens", None),
+        }
+        return source | {f"decoder_{name}": x for name, x in target.items()} | lens
+
+    def on_rank(self, group: UlyssesGroup, model: Any) -> Found:
+        enable(model, group, attention="reference")
+        return step(model, self.part(group), shard_sequence(weight_of(self.decoder), group, lens=self.decoder.lens))
+
+
+TRANSLATIONS = [
+    Translation(Case("", source, tokens=26, lens=lens[0]), Case("", target, lens=lens[1]))
+    for source, target, lens in (
+        ("plain", "plain", (None, None)),
+        ("left", "plain", (None, (10, 20))),
+        ("right", "both", (None, None)),
+        ("both", "left", ((25, 1), None)),
+    )
+]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("case", TRANSLATIONS, ids=lambda case: f"{case.encoder.input}-{case.decoder.input}")
+def test_encoder_decoder(case: Translation, ranks: int) -> None:
+    if ranks != 2:
+        case = Translation(replace(case.encoder, lens=None), replace(case.decoder, lens=None))
+    models = [case.build() for _ in range(ranks)]
+    found = run_virtual(ranks, lambda group: case.on_rank(group, models[group.rank]))
+    check(case.decoder, found, case.expected())
+
+
+def test_a_decoder_that_is_given_what_an_encoder_made() -> None:
+    from transformers import BertLMHeadModel
+
+    case, source = Case("bert", "left"), Case("", "right", tokens=20)
+    states = torch.randn(2, 20, 32, generator=torch.Generator().manual_seed(4))
+
+    def build() -> Any:
+        torch.manual_seed(0)
+        config = bert(is_decoder=True, add_cross_attention=True).config
+        return BertLMHeadModel(config)
+
+    def run(group: UlyssesGroup) -> Found:
+        model = models[group.rank]
+        enable(model, group, attention="reference")
+        mask = shard_sequence(source.inputs()["attention_mask"], group)
+        given = {"encoder_hidden_states": shard_sequence(states, group), "encoder_attention_mask": mask}
+        return step(model, part_of(case, group) | given, shard_sequence(weight_of(case), group))
+
+    one, models = build(), [build(), build()]
+    one.set_attn_implementation("dense")
+    dense.documents = {30: case.documents(), 20: source.documents()}
+    inputs = {"input_ids": case.inputs()["input_ids"], "encoder_hidden_states": states}
+    check(case, run_virtual(2, run), step(one, inputs, weight_of(case)))
 
 
 def test_attention_of_other_kinds() -> None:
@@ -361,6 +491,73 @@ def test_labels_are_shifted_before_sharding() -> None:
     assert abs(sum(virtually(case, 2, run)) - expected) < TOLERANCE
 
 
+def lora(model: Any) -> Any:
+    import peft
+
+    options = {"r": 4, "init_lora_weights": False, "target_modules": ["q_proj", "v_proj"]}
+    return peft.get_peft_model(model, peft.LoraConfig(**options))
+
+
+def test_lora() -> None:
+    """Enabled around PEFT's model; its parameters' gradients, and no others."""
+    case = Case("mistral", "rows")
+
+    def build() -> Any:
+        model = case.build()
+        torch.manual_seed(5)
+        return lora(model)
+
+    one, models = build(), [build(), build()]
+    expected = on_one(case, one)
+    assert len(expected.grads) == 8
+    check(case, virtually(case, 2, lambda case, group, _: on_rank(case, group, models[group.rank])), expected)
+    with pytest.raises(OptionError, match="generate does not work"):
+        models[0].generate(input_ids=torch.ones(1, 3, dtype=torch.int64))
+
+
+def compiled_step(case: Case, group: UlyssesGroup, model: Any) -> Found:
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            model.zero_grad()
+            found = step(model, part_of(case, group), shard_sequence(weight_of(case), group))
+    return replace(found, grads={name.removeprefix("_orig_mod."): grad for name, grad in found.grads.items()})
+
+
+def compiled(ctx: Any, cases: list[Case], checkpointing: bool) -> list[Found]:
+    found = []
+    with UlyssesGroup(ctx.group) as group:
+        for case in cases:
+            torch._dynamo.reset()
+            model = case.build()
+            if checkpointing:
+                model.train()
+                model.activation_checkpointing_enable({"use_reentrant": False})
+            enable(model, group, attention="reference")
+            found.append(compiled_step(case, group, torch.compile(model, fullgraph=True, backend="aot_eager")))
+    return found
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_whole(pool: Any, checkpointing: bool) -> None:
+    cases = [Case("mistral", kind) for kind in ("packed", "left", "offsets")]
+    by_rank = pool.run(2, compiled, cases, checkpointing)
+    for number, case in enumerate(cases):
+        check(case, [found[number] for found in by_rank])
+
+
+def test_compiled_layer_by_layer() -> None:
+    """Calls are counted where they happen, not where they are traced."""
+    case = Case("mistral", "packed")
+    model = case.build()
+    enable(model, attention="reference")
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager")
+    for _ in range(2):
+        model.zero_grad()
+        found = step(model, case.inputs(), weight_of(case))
+    check(case, [found])
+
+
 # ---- what is refused
 
 
@@ -390,7 +587,9 @@ def test_wrong_inputs_raise_on_every_rank() -> None:
         "with a cache": lambda x, _: x.update(use_cache=True),
         "attention_mask is [2, 1, 30, 30]": lambda x, _: x.update(attention_mask=whole),
         "attention_mask is [2, 30]": lambda x, _: x.update(attention_mask=whole[:, 0, 0]),
-        "position_ids is [3, 2, 15]": lambda x, _: x.update(position_ids=whole[:, 0, :3, :15].transpose(0, 1)),
+        "position_ids is [3, 2, 15]; expected": lambda x, _: x.update(
+            position_ids=whole[:, 0, :3, :15].transpose(0, 1)
+        ),
         "ulysses_lens = [14, 16] does not fit": lambda x, _: x.update(ulysses_lens=(14, 16)),
         "rank 1 has no tokens": lambda x, _: x.update({name: value[:, :0] for name, value in x.items()}),
         "attends with made_up": lambda x, _: x.update(made_up=3),
@@ -406,6 +605,28 @@ def test_shards_that_differ_without_being_named_raise() -> None:
         inputs["input_ids"] = torch.ones(2, 16, dtype=torch.int64)
 
     assert "lens" in refusal(ShapeError, longer)
+
+
+def test_positions_that_a_model_makes_in_a_way_of_its_own_are_asked_for() -> None:
+    from transformers import RobertaConfig, RobertaForMaskedLM
+
+    model = RobertaForMaskedLM(RobertaConfig(**Case("bert", "plain").build().config.to_dict()))
+    enable(model)
+    with pytest.raises(OptionError, match="RobertaModel makes positions in a way of its own"):
+        model(torch.ones(1, 5, dtype=torch.int64))
+    with pytest.raises(OptionError, match="RobertaModel makes positions in a way of its own"):
+        model(torch.ones(1, 5, dtype=torch.int64), attention_mask=torch.ones(1, 5))
+    model(torch.ones(1, 5, dtype=torch.int64), position_ids=torch.arange(2, 7)[None])
+
+
+def test_a_decoder_needs_its_inputs_shifted() -> None:
+    model = TRANSLATIONS[0].build()
+    enable(model)
+    with pytest.raises(OptionError, match="shift the whole sequence, shard that and pass decoder_input_ids"):
+        model(input_ids=torch.ones(1, 5, dtype=torch.int64))
+    target = torch.ones(1, 4, dtype=torch.int64)
+    with pytest.raises(OptionError, match="packing for a decoder"):
+        model(target, decoder_input_ids=target, cu_seq_lens_q=torch.tensor([0, 2, 4]))
 
 
 def test_offsets_and_a_mask_raise() -> None:
@@ -428,7 +649,7 @@ def test_masks_of_other_patterns_raise() -> None:
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     model = Gemma3ForCausalLM(Gemma3TextConfig(**TINY, use_bidirectional_attention=True))
-    with pytest.raises(OptionError, match="not causal|is masked by"):
+    with pytest.raises(OptionError, match="the model masks attention by or_masks"):
         enable(model)
         model(torch.ones(1, 5, dtype=torch.int64))
 
@@ -440,12 +661,15 @@ def unhandled() -> Iterator[Any]:
     linear["layer_types"] = ["linear_attention", "full_attention"]
     sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": VOCABULARY}
     small = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 1}
+    bert_sizes = {**small, "num_attention_heads": 2, "intermediate_size": 32}
     yield "layer 0 of", lambda: t.Qwen3NextForCausalLM(t.Qwen3NextConfig(**TINY | linear))
+    bert_sizes = {**small, "num_attention_heads": 2, "intermediate_size": 32}
     yield "layer 0 of .* is 'linear_attention'", lambda: t.MambaForCausalLM(t.MambaConfig(**small))
     yield r"\(Rwkv\w+\)", lambda: t.RwkvForCausalLM(t.RwkvConfig(**small | {"num_hidden_layers": 2}))
     yield "'chunked_attention'", lambda: t.Llama4ForCausalLM(t.Llama4TextConfig(**TINY, num_local_experts=1))
     yield "BloomAttention", lambda: t.BloomForCausalLM(t.BloomConfig(**sizes | {"hidden_size": 32}))
     yield "flash attention", lambda: t.T5ForConditionalGeneration(t.T5Config(**small, d_model=32, d_kv=8, d_ff=32))
+    yield r"bert.pooler \(BertPooler\)", lambda: t.BertForPreTraining(t.BertConfig(**bert_sizes))
     yield "has a head", lambda: t.LlamaForSequenceClassification(t.LlamaConfig(**TINY))
     yield "no transformers model", lambda: torch.nn.Linear(2, 2)
 

@@ -17,7 +17,12 @@ from ..errors import OptionError
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 # Heads that look at each token by itself. Others pool over tokens, or search for one, of which a rank has a part.
-HEADS = re.compile(r"(?<!PreTrained)Model$|For(CausalLM|MaskedLM|TokenClassification)$|LMHeadModel$")
+HEADS = re.compile(
+    r"(?<!PreTrained)Model$|(En|De)coder(Wrapper)?$|LMHeadModel$"
+    r"|For(CausalLM|ConditionalGeneration|MaskedLM|TokenClassification)$"
+)
+# What an attention layer calls the other sequence that it attends to.
+CROSS = {"key_value_states", "encoder_hidden_states"}
 # Layers that mix tokens by other means than the attention interface.
 MIXERS = re.compile(
     r"Mamba|DeltaNet|R[Ww][Kk][Vv]|Recurrent|R[Gg]L[Rr][Uu]|SSM|SSD|Retention|Hyena|Lightning|ShortConv|LinearAtt"
@@ -95,8 +100,24 @@ def parameters_of(trunk: nn.Module) -> tuple[str, ...]:
 
 
 def counts_positions(trunk: nn.Module) -> bool:
-    """Whether positions that are not given are counted from 0, one per token."""
-    return re.search(r"position_ids = torch\.arange\(", source_of(trunk)) is not None
+    """Whether positions that are not given are counted from 0, one per token, also where an embedding does it."""
+    counted = r"position_ids = (torch\.arange\(|self\.position_ids\[:, )"
+    return any(re.search(counted, source_of(layer)) for layer in (trunk, *trunk.children()))
+
+
+def position_embedding(trunk: nn.Module) -> nn.Module | None:
+    """The layer that embeds positions `[L]`, in a trunk that counts them itself and takes none (BART's two)."""
+    found = getattr(trunk, "embed_positions", None)
+    if not isinstance(found, nn.Module) or "self.embed_positions(" not in source_of(trunk):
+        return None
+    return found if "position_ids = position_ids.unsqueeze(0)" in source_of(found) else None
+
+
+def cross_layers(trunk: nn.Module) -> Iterator[nn.Module]:
+    """Attention layers that may attend to another sequence."""
+    for module in trunk.modules():
+        if is_attention(module) and CROSS & set(parameters_of(module)):
+            yield module
 
 
 def _holds(outer: str, name: str) -> bool:
@@ -127,8 +148,9 @@ def _check_model(name: str, model: Any) -> None:
             f"{said} has a head that may look at other tokens than its own, of which a rank has only a part; "
             f"enable the model under the head, gather its output with gather_sequence, and call the head on that"
         )
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise OptionError(f"{said} is an encoder-decoder, which is not handled yet")
+    for option in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
+        if getattr(model.config, option, 0):
+            raise OptionError(f"{said} skips layers at random ({option}), on every rank others; set it to 0")
 
 
 def _check_attention(name: str, module: nn.Module, model: Any) -> None:
@@ -137,10 +159,10 @@ def _check_attention(name: str, module: nn.Module, model: Any) -> None:
     slides = getattr(model.config, "sliding_window", None) is not None
     if slides and getattr(model.config, "use_sliding_window", True) and "sliding_window" not in source:
         raise OptionError(f"{said} has a sliding window that its attention call does not name, so it is not handled")
+    if "Cross" in type(module).__name__ and not CROSS & set(parameters_of(module)):
+        raise OptionError(f"{said} attends to another sequence, by a name that is not known, so it is not handled")
     if not isinstance(getattr(module, "is_causal", None), bool):
         raise OptionError(f"{said} does not say whether it is causal (is_causal), so it is not handled")
-    if not module.is_causal:
-        raise OptionError(f"{said} is not causal; encoders are not handled yet")
 
 
 def _check_mixing(name: str, module: nn.Module) -> None:
@@ -158,6 +180,11 @@ def _check_mixing(name: str, module: nn.Module) -> None:
     else:
         mixes = isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) or MIXERS.search(kind.__name__) is not None
         mixes = mixes or ("Attention" in kind.__name__ and bool(projects))
+    if "Pooler" in kind.__name__:
+        raise OptionError(
+            f"{said} pools over tokens of which a rank has only a part: build the model without "
+            f"(add_pooling_layer=False), gather its output with gather_sequence, and pool that"
+        )
     if mixes:
         raise OptionError(
             f"{said} mixes tokens by other means than transformers' attention interface, so it would see only its "
@@ -170,5 +197,5 @@ def _check_trunk(name: str, trunk: Any) -> None:
     signature = inspect.signature(trunk.forward)
     if not any(p.kind == inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values()):
         raise OptionError(f"the forward of {said} takes no **kwargs, which its attention layers would be told by")
-    if "position_ids" not in signature.parameters:
+    if "position_ids" not in signature.parameters and position_embedding(trunk) is None:
         raise OptionError(f"the forward of {said} takes no position_ids, so a rank cannot say where its part begins")
