@@ -29,7 +29,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 import ulysses_triton
 from ulysses_triton import count_tokens, token_mean
@@ -188,12 +188,24 @@ def plain_loop(folder: Path, name: str, sequence_ranks: int | None) -> None:
     record.save(folder, name)
 
 
-def accelerate_loop(folder: Path, name: str, sequence_ranks: int | None) -> None:
+class Stream(IterableDataset[Any]):
+    """Samples of which nobody knows how many there are."""
+
+    def __init__(self, found: list[Any]) -> None:
+        self._found = found
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._found)
+
+
+def accelerate_loop(folder: Path, name: str, sequence_ranks: int | None, stream: bool = False) -> None:
     """The loop that README shows."""
-    accelerator, record, net = accelerate.Accelerator(cpu=True), Record(), model()
+    reading = accelerate.DataLoaderConfiguration(dispatch_batches=False if stream else None)
+    accelerator, record, net = accelerate.Accelerator(cpu=True, dataloader_config=reading), Record(), model()
     rows = accelerator.num_processes // (sequence_ranks or 1)
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
-    loader: Any = DataLoader(samples(STEPS * 4, seed=1), batch_size=4 // rows, collate_fn=padded)
+    data = samples(STEPS * 4, seed=1)
+    loader: Any = DataLoader(Stream(data) if stream else data, batch_size=4 // rows, collate_fn=padded)
     group = sequence_group(sequence_ranks or 1, accelerator.device.type)
     if sequence_ranks:
         enable(net, group)
@@ -285,6 +297,7 @@ def hugging_face(
     sharded: bool = False,
     resume: str | None = None,
     short: int = 0,
+    made_late: bool = False,
     **options: Any,
 ) -> None:
     rows = dist.get_world_size() // sequence_ranks if sequence_ranks else 1
@@ -292,8 +305,9 @@ def hugging_face(
     args = arguments(transformers.TrainingArguments, folder / (resume or name), 4 // rows, **steps, **options)
     record = Record()
     made = trainer_class(transformers.Trainer, shards=bool(sequence_ranks), sharded=sharded)(
-        model(), args, data_collator=padded, train_dataset=samples(STEPS * ACCUMULATE * 4 - short, seed=1),
-        eval_dataset=samples(12 - short, seed=2), compute_metrics=metrics, callbacks=[Watching(record)],
+        None if made_late else model(), args, model_init=model if made_late else None, data_collator=padded,
+        train_dataset=samples(STEPS * ACCUMULATE * 4 - short, seed=1), eval_dataset=samples(12 - short, seed=2),
+        compute_metrics=metrics, callbacks=[Watching(record)],
         **({"sequence_ranks": sequence_ranks} if sequence_ranks else {}),
     )  # fmt: skip
     made.train(resume_from_checkpoint=str(folder / resume / f"checkpoint-{STEPS // 2}") if resume else None)
@@ -369,9 +383,15 @@ def refusals(folder: Path, name: str) -> None:
 # What a packed data set looks like, TRL decides: documents that follow each other, or as many as fit best.
 PACKING: dict[str, dict[str, Any]] = {
     "bfd": {"packing": True, "max_length": 64},
-    "wrapped": {"packing": True, "packing_strategy": "wrapped", "max_length": 32, "max_steps": FEW},
-    "padding_free": {"padding_free": True, "max_length": None, "max_steps": FEW},
-    "padded": {"max_length": 30, "max_steps": FEW},
+    "wrapped": {
+        "packing": True,
+        "packing_strategy": "wrapped",
+        "max_length": 32,
+        "gradient_checkpointing": False,
+        "max_steps": FEW,
+    },
+    "padding_free": {"padding_free": True, "max_length": None, "gradient_checkpointing": False, "max_steps": FEW},
+    "padded": {"max_length": 30, "gradient_checkpointing": False, "max_steps": FEW},
 }
 
 
@@ -388,7 +408,7 @@ def fine_tuning(folder: Path, name: str, *, sequence_ranks: int | None, packing:
     args = arguments(
         trl.SFTConfig, folder / name, 2 // rows, save_strategy="no", eval_strategy="steps",
         eval_steps=options.get("max_steps", STEPS) // 2,
-        bf16=False, gradient_checkpointing=False, **options,
+        bf16=False, **options,
     )  # fmt: skip
     record = Record()
     data = [
@@ -409,10 +429,11 @@ VARIANTS: dict[str, tuple[int, Callable[..., None], dict[str, Any]]] = {
     "loop_2x2": (RANKS, plain_loop, {"sequence_ranks": 2}),
     "accelerate_1": (1, accelerate_loop, {"sequence_ranks": None}),
     "accelerate_2x2": (RANKS, accelerate_loop, {"sequence_ranks": 2}),
+    "accelerate_stream_2x2": (RANKS, accelerate_loop, {"sequence_ranks": 2, "stream": True}),
     "trainer_1": (1, hugging_face, {"sequence_ranks": None}),
     "trainer_1_short": (1, hugging_face, {"sequence_ranks": None, "short": 3}),
     "trainer_4": (RANKS, hugging_face, {"sequence_ranks": 4, "short": 3}),
-    "trainer_2x2": (RANKS, hugging_face, {"sequence_ranks": 2}),
+    "trainer_2x2": (RANKS, hugging_face, {"sequence_ranks": 2, "made_late": True}),
     "fsdp_4": (RANKS, hugging_face, {"sequence_ranks": 4, "sharded": True}),
     "fsdp_4_resumed": (RANKS, hugging_face, {"sequence_ranks": 4, "sharded": True, "resume": "fsdp_4"}),
     "fsdp_2x2": (RANKS, hugging_face, {"sequence_ranks": 2, "sharded": True}),

@@ -21,6 +21,7 @@ REFERENCES = {  # of every run on ranks: what one process does with the same dat
     "loop_4": "loop_1",
     "loop_2x2": "loop_1",
     "accelerate_2x2": "accelerate_1",
+    "accelerate_stream_2x2": "accelerate_1",
     "trainer_4": "trainer_1_short",
     "trainer_2x2": "trainer_1",
     "fsdp_4": "trainer_1",
@@ -94,7 +95,8 @@ def test_gradient_norms_are_those_of_one_process(runs: Path, name: str) -> None:
 def test_every_step_attends_over_shards(runs: Path, name: str) -> None:
     for its in records(runs, name):
         assert len(its["calls"]) == steps_of(name)
-        assert set(its["calls"]) <= {LAYERS, LAYERS * ACCUMULATE}  # an epoch may end with one batch
+        twice = name.startswith("sft_bfd")  # TRL checkpoints activations if not told otherwise
+        assert set(its["calls"]) <= {LAYERS * (1 + twice), LAYERS * ACCUMULATE * (1 + twice)}  # an epoch may end early
 
 
 @pytest.mark.parametrize("name", TRAINERS)

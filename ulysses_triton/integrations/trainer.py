@@ -51,6 +51,12 @@ class SequenceParallelMixin:
         self.shards = SequenceShards(self.sequence)
         enable(trainer.model, self.sequence)
 
+    def call_model_init(self, *args: Any, **kwargs: Any) -> Any:
+        model = super().call_model_init(*args, **kwargs)  # type: ignore[misc]
+        if hasattr(self, "sequence"):  # a model for training, in place of the one of __init__
+            enable(model, self.sequence)
+        return model
+
     # ---- data
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
