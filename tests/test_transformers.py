@@ -239,8 +239,10 @@ def joined(found: list[Found]) -> Found:
 
 
 def check(case: Case, found: list[Found], expected: Found | None = None) -> None:
-    whole, expected = joined(found), expected or on_one(case)
-    real = case.documents() >= 0
+    compare(joined(found), expected or on_one(case), case.documents() >= 0)
+
+
+def compare(whole: Found, expected: Found, real: Any = ...) -> None:
     assert (whole.logits - expected.logits)[real].abs().max() < TOLERANCE
     assert whole.grads.keys() == expected.grads.keys()
     for name, grad in expected.grads.items():
@@ -354,6 +356,33 @@ def test_a_decoder_that_is_given_what_an_encoder_made() -> None:
     dense.documents = {30: case.documents(), 20: source.documents()}
     inputs = {"input_ids": case.inputs()["input_ids"], "encoder_hidden_states": states}
     check(case, run_virtual(2, run), step(one, inputs, weight_of(case)))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_images(ranks: int) -> None:
+    """16 patches and a class token, whole images in, whole output out; the gradient is the ranks' mean."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(2, 5, generator=torch.Generator().manual_seed(2))
+
+    def build() -> Any:
+        torch.manual_seed(0)
+        return ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=4, num_labels=5))
+
+    def run(group: UlyssesGroup) -> Found:
+        model = models[group.rank]
+        enable(model, group, attention="reference")
+        return step(model, {"pixel_values": images}, weight / group.size)
+
+    one, models = build(), [build() for _ in range(ranks)]
+    one.set_attn_implementation("eager")  # which is right where nothing is masked
+    expected, found = step(one, {"pixel_values": images}, weight), run_virtual(ranks, run)
+    for part in found:
+        assert (part.logits - expected.logits).abs().max() < TOLERANCE
+    by_token = [replace(part, logits=part.logits[:, :0] if n else part.logits) for n, part in enumerate(found)]
+    compare(joined(by_token), expected)
 
 
 def test_attention_of_other_kinds() -> None:
