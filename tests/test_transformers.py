@@ -7,8 +7,10 @@ from its documents, its padding and the layer's window.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -585,6 +587,18 @@ def test_compiled_layer_by_layer() -> None:
         model.zero_grad()
         found = step(model, case.inputs(), weight_of(case))
     check(case, [found])
+
+
+def test_the_example_of_the_guide_runs() -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    (source,) = re.findall(r"## Hugging Face.*?```python\n(.*?)```", text, re.DOTALL)
+    case, expected = Case("llama", "plain"), Case("llama", "plain").build()
+    names = {"model": case.build(), "group": None, "all_ranks": None, "torch": torch}
+    exec(source, names | case.inputs())
+    inputs = case.inputs()
+    expected(**inputs, labels=inputs["input_ids"]).loss.backward()
+    for mine, theirs in zip(names["model"].parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6)
 
 
 # ---- what is refused
