@@ -7,8 +7,10 @@ from its documents, its padding and the layer's window.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -239,8 +241,10 @@ def joined(found: list[Found]) -> Found:
 
 
 def check(case: Case, found: list[Found], expected: Found | None = None) -> None:
-    whole, expected = joined(found), expected or on_one(case)
-    real = case.documents() >= 0
+    compare(joined(found), expected or on_one(case), case.documents() >= 0)
+
+
+def compare(whole: Found, expected: Found, real: Any = ...) -> None:
     assert (whole.logits - expected.logits)[real].abs().max() < TOLERANCE
     assert whole.grads.keys() == expected.grads.keys()
     for name, grad in expected.grads.items():
@@ -354,6 +358,33 @@ def test_a_decoder_that_is_given_what_an_encoder_made() -> None:
     dense.documents = {30: case.documents(), 20: source.documents()}
     inputs = {"input_ids": case.inputs()["input_ids"], "encoder_hidden_states": states}
     check(case, run_virtual(2, run), step(one, inputs, weight_of(case)))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_images(ranks: int) -> None:
+    """16 patches and a class token, whole images in, whole output out; the gradient is the ranks' mean."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(2, 5, generator=torch.Generator().manual_seed(2))
+
+    def build() -> Any:
+        torch.manual_seed(0)
+        return ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=4, num_labels=5))
+
+    def run(group: UlyssesGroup) -> Found:
+        model = models[group.rank]
+        enable(model, group, attention="reference")
+        return step(model, {"pixel_values": images}, weight / group.size)
+
+    one, models = build(), [build() for _ in range(ranks)]
+    one.set_attn_implementation("eager")  # which is right where nothing is masked
+    expected, found = step(one, {"pixel_values": images}, weight), run_virtual(ranks, run)
+    for part in found:
+        assert (part.logits - expected.logits).abs().max() < TOLERANCE
+    by_token = [replace(part, logits=part.logits[:, :0] if n else part.logits) for n, part in enumerate(found)]
+    compare(joined(by_token), expected)
 
 
 def test_attention_of_other_kinds() -> None:
@@ -556,6 +587,18 @@ def test_compiled_layer_by_layer() -> None:
         model.zero_grad()
         found = step(model, case.inputs(), weight_of(case))
     check(case, [found])
+
+
+def test_the_example_of_the_guide_runs() -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    (source,) = re.findall(r"## Hugging Face.*?```python\n(.*?)```", text, re.DOTALL)
+    case, expected = Case("llama", "plain"), Case("llama", "plain").build()
+    names = {"model": case.build(), "group": None, "all_ranks": None, "torch": torch}
+    exec(source, names | case.inputs())
+    inputs = case.inputs()
+    expected(**inputs, labels=inputs["input_ids"]).loss.backward()
+    for mine, theirs in zip(names["model"].parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6)
 
 
 # ---- what is refused

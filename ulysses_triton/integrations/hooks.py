@@ -11,9 +11,18 @@ from torch import Tensor, nn
 from ..api import Attention
 from ..errors import GroupError, OptionError, ShapeError, UlyssesError
 from ..group import UlyssesGroup
+from ..shard import gather_sequence, shard_lens, shard_sequence
 from .attention import NAME, Part
 from .documents import document_ids, real_tokens
-from .models import CROSS, counts_positions, cross_layers, parameters_of, position_embedding
+from .models import (
+    CROSS,
+    counts_positions,
+    cross_layers,
+    parameters_of,
+    position_embedding,
+    sees_whole,
+    takes_images,
+)
 
 STATE = "_ulysses_triton"  # the attribute under which a model keeps its Hooks
 PER_TOKEN = ("ForMaskedLM", "ForTokenClassification")  # heads that take labels as they are
@@ -32,13 +41,19 @@ class Hooks:
         self.handles: list[Any] = []
         self.calls = 0  # of the group when a forward pass began
         self.start = 0  # where this rank's tokens begin, in the latest forward pass
-        self.handles.append(model.register_forward_pre_hook(self.check_call, with_kwargs=True))
+        self.images = takes_images(model)
+        self.lens: tuple[int, ...] = ()  # of an image's patches, likewise
+        if not sees_whole(model):
+            self.handles.append(model.register_forward_pre_hook(self.check_call, with_kwargs=True))
         if hasattr(model, "generate"):
             model.generate = _refuse_generation
 
     def watch_trunk(self, trunk: Any) -> None:
         self.handles.append(trunk.register_forward_pre_hook(self.before, with_kwargs=True))
         self.handles.append(trunk.register_forward_hook(self.after))
+        if takes_images(trunk):
+            self.handles.append(trunk.embeddings.register_forward_hook(self.shard))
+            self.handles.append(trunk.layernorm.register_forward_pre_hook(self.gather))
         embedding = position_embedding(trunk)
         if embedding is not None:
             self.handles.append(embedding.register_forward_pre_hook(self.place, with_kwargs=True))
@@ -86,7 +101,7 @@ class Hooks:
                 )
             )
         given = dict(zip(self.names, args, strict=False)) | kwargs
-        given |= self.told(given)
+        given |= self.told_of_patches(trunk, given) if self.images else self.told(given)
         if not torch.compiler.is_compiling():  # where the number would be a constant
             self.calls = self.group.latest[0]
         return (), given
@@ -138,6 +153,26 @@ class Hooks:
             part = self.with_encoder(part, given, encoded)
         added = {"use_cache": False} if "use_cache" in self.names else {}
         return added | ({"position_ids": positions} if "position_ids" in self.names else {}) | {"ulysses": part}
+
+    def told_of_patches(self, trunk: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """The same for whole images, whose patches are sharded between the embeddings and the last norm."""
+        if torch.compiler.is_compiling() or given.get("attention_mask") is not None:
+            self.fail(OptionError(f"{self.said} is handled neither compiled nor with an attention_mask"))
+        tokens = trunk.embeddings.position_embeddings.size(1)
+        if given.get("interpolate_pos_encoding"):
+            edge = trunk.embeddings.patch_embeddings.patch_size
+            height, width = given["pixel_values"].shape[-2:]
+            tokens = (height // edge[0]) * (width // edge[1]) + 1
+        self.lens = shard_lens(tokens, self.group.size)
+        if min(self.lens) < 1:
+            self.fail(OptionError(f"an image makes {tokens} tokens, fewer than the {self.group.size} ranks"))
+        return {"ulysses": Part(self.group, self.attention, self.lens, None, None)}
+
+    def shard(self, embeddings: nn.Module, args: tuple[Any, ...], whole: Tensor) -> Tensor:
+        return shard_sequence(whole, self.group, lens=self.lens)
+
+    def gather(self, norm: nn.Module, args: tuple[Any, ...]) -> Tensor:
+        return gather_sequence(args[0], self.group, lens=self.lens)
 
     def with_encoder(self, part: Part, given: dict[str, Any], encoded: Tensor) -> Part:
         """With the encoder's tokens, of which the rank has a part, too."""

@@ -41,6 +41,9 @@ def enable(model: nn.Module, group: Groupish = None, *, attention: Attention = "
     `ulysses_encoder_lens` where shards differ, and `decoder_input_ids`, shifted before sharding, with
     `decoder_attention_mask` and `ulysses_lens`. Documents packed into either are refused.
 
+    ViT gets whole images, alike on every rank. It shards their patches itself, and its output is whole on every rank;
+    the gradient is the mean of what the ranks find.
+
     Outputs are the rank's tokens'. Dropout, gradient checkpointing and torch.compile stay as they are. Decoding with a
     cache and `generate` raise.
 
