@@ -46,7 +46,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def zero_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("needs DeepSpeed: requirements/peers.txt, installed as the Makefile does for `make peers`")
+        pytest.skip("needs DeepSpeed: `make peers` installs it, `make VENV=.venv-peers test-slow` runs this")
     return run(tmp_path_factory.mktemp("zero"), "trainer_1", "zero_4", "zero_4_resumed", "zero_2x2")
 
 

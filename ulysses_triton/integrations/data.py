@@ -119,9 +119,9 @@ def share_batches(loader: Loader, group: UlyssesGroup) -> Loader:
     world, rank = dist.get_world_size(), dist.get_rank()
     if place is None or (place.num_processes, place.process_index) != (world, rank):
         raise OptionError(
-            f"{type(loader).__name__} does not split batches over ranks in a way that can be changed; pass what "
-            "accelerate prepares from a data set with a length, or from an IterableDataset of torch with "
-            "dispatch_batches=False"
+            f"{type(loader).__name__} does not split batches over ranks in a way that can be changed; let accelerate "
+            "prepare a loader of a data set with a length, or of an IterableDataset with dispatch_batches=False and "
+            "fewer shards than ranks"
         )
     place.num_processes, place.process_index = world // group.size, rank // group.size
     if place.num_processes == 1 and hasattr(place, "even_batches"):
