@@ -7,8 +7,10 @@ from its documents, its padding and the layer's window.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -151,11 +153,13 @@ def runs(row: torch.Tensor) -> torch.Tensor:
 
 
 def dense(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float, **kwargs: Any) -> Any:
-    """Attention by its definition, with the mask of pairs `[B, S, S]` that the case has put into `dense.documents`."""
-    ids, layer = dense.documents, module.layer_idx
+    """Attention by its definition, with the documents `[B, S]` that are in `dense.documents` by length."""
+    ids, layer = dense.documents[query.size(2)], module.layer_idx
+    key_ids = dense.documents[key.size(2)]
     q_pos, k_pos = (torch.arange(x.size(2)) for x in (query, key))
     distance = q_pos[:, None] - k_pos[None]
-    allowed = (ids[:, :, None] == ids[:, None]) & (ids[:, None] >= 0)
+    allowed = (ids[:, :, None] == key_ids[:, None]) | (query.size(2) != key.size(2))
+    allowed = allowed & (key_ids[:, None] >= 0)
     if module.is_causal:
         allowed = allowed & (distance >= 0)
     types = getattr(module.config, "layer_types", None)
@@ -201,7 +205,7 @@ def weight_of(case: Case) -> torch.Tensor:
 def on_one(case: Case, model: Any = None) -> Found:
     model = case.build() if model is None else model
     model.set_attn_implementation("dense")
-    dense.documents = case.documents()
+    dense.documents = {case.tokens: case.documents()}
     inputs = {name: x for name, x in case.inputs().items() if name in ("input_ids", "position_ids")}
     return step(model, inputs, weight_of(case))
 
@@ -237,8 +241,10 @@ def joined(found: list[Found]) -> Found:
 
 
 def check(case: Case, found: list[Found], expected: Found | None = None) -> None:
-    whole, expected = joined(found), expected or on_one(case)
-    real = case.documents() >= 0
+    compare(joined(found), expected or on_one(case), case.documents() >= 0)
+
+
+def compare(whole: Found, expected: Found, real: Any = ...) -> None:
     assert (whole.logits - expected.logits)[real].abs().max() < TOLERANCE
     assert whole.grads.keys() == expected.grads.keys()
     for name, grad in expected.grads.items():
@@ -266,6 +272,119 @@ def test_models_on_processes(pool: Any, ranks: int) -> None:
     by_rank = pool.run(ranks, on_process, cases)
     for number, case in enumerate(cases):
         check(case, [found[number] for found in by_rank])
+
+
+@dataclass(frozen=True)
+class Translation:
+    """An encoder-decoder with other heads in its encoder, and sequences of other lengths in each."""
+
+    encoder: Case
+    decoder: Case
+
+    def build(self) -> Any:
+        from transformers import BartConfig, BartForConditionalGeneration
+
+        sizes = {"vocab_size": VOCABULARY, "d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "dropout": 0.0}
+        heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 2}
+        layers = {"encoder_layers": 1, "decoder_layers": 2, "max_position_embeddings": 64}
+        torch.manual_seed(0)
+        return BartForConditionalGeneration(BartConfig(**sizes, **heads, **layers))
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        target = {f"decoder_{name}": x for name, x in self.decoder.inputs().items()}
+        return self.encoder.inputs() | target
+
+    def expected(self) -> Found:
+        model = self.build()
+        model.set_attn_implementation("dense")
+        dense.documents = {case.tokens: case.documents() for case in (self.encoder, self.decoder)}
+        inputs = {name: x for name, x in self.inputs().items() if name.endswith("input_ids")}
+        return step(model, inputs, weight_of(self.decoder))
+
+    def part(self, group: UlyssesGroup) -> dict[str, Any]:
+        source, target = part_of(self.encoder, group), part_of(self.decoder, group)
+        lens = {
+            "ulysses_encoder_lens": source.pop("ulysses_lens", None),
+            "ulysses_lens": target.pop("ulysses_lens", None),
+        }
+        return source | {f"decoder_{name}": x for name, x in target.items()} | lens
+
+    def on_rank(self, group: UlyssesGroup, model: Any) -> Found:
+        enable(model, group, attention="reference")
+        return step(model, self.part(group), shard_sequence(weight_of(self.decoder), group, lens=self.decoder.lens))
+
+
+TRANSLATIONS = [
+    Translation(Case("", source, tokens=26, lens=lens[0]), Case("", target, lens=lens[1]))
+    for source, target, lens in (
+        ("plain", "plain", (None, None)),
+        ("left", "plain", (None, (10, 20))),
+        ("right", "both", (None, None)),
+        ("both", "left", ((25, 1), None)),
+    )
+]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("case", TRANSLATIONS, ids=lambda case: f"{case.encoder.input}-{case.decoder.input}")
+def test_encoder_decoder(case: Translation, ranks: int) -> None:
+    if ranks != 2:
+        case = Translation(replace(case.encoder, lens=None), replace(case.decoder, lens=None))
+    models = [case.build() for _ in range(ranks)]
+    found = run_virtual(ranks, lambda group: case.on_rank(group, models[group.rank]))
+    check(case.decoder, found, case.expected())
+
+
+def test_a_decoder_that_is_given_what_an_encoder_made() -> None:
+    from transformers import BertLMHeadModel
+
+    case, source = Case("bert", "left"), Case("", "right", tokens=20)
+    states = torch.randn(2, 20, 32, generator=torch.Generator().manual_seed(4))
+
+    def build() -> Any:
+        torch.manual_seed(0)
+        config = bert(is_decoder=True, add_cross_attention=True).config
+        return BertLMHeadModel(config)
+
+    def run(group: UlyssesGroup) -> Found:
+        model = models[group.rank]
+        enable(model, group, attention="reference")
+        mask = shard_sequence(source.inputs()["attention_mask"], group)
+        given = {"encoder_hidden_states": shard_sequence(states, group), "encoder_attention_mask": mask}
+        return step(model, part_of(case, group) | given, shard_sequence(weight_of(case), group))
+
+    one, models = build(), [build(), build()]
+    one.set_attn_implementation("dense")
+    dense.documents = {30: case.documents(), 20: source.documents()}
+    inputs = {"input_ids": case.inputs()["input_ids"], "encoder_hidden_states": states}
+    check(case, run_virtual(2, run), step(one, inputs, weight_of(case)))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_images(ranks: int) -> None:
+    """16 patches and a class token, whole images in, whole output out; the gradient is the ranks' mean."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(2, 5, generator=torch.Generator().manual_seed(2))
+
+    def build() -> Any:
+        torch.manual_seed(0)
+        return ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=4, num_labels=5))
+
+    def run(group: UlyssesGroup) -> Found:
+        model = models[group.rank]
+        enable(model, group, attention="reference")
+        return step(model, {"pixel_values": images}, weight / group.size)
+
+    one, models = build(), [build() for _ in range(ranks)]
+    one.set_attn_implementation("eager")  # which is right where nothing is masked
+    expected, found = step(one, {"pixel_values": images}, weight), run_virtual(ranks, run)
+    for part in found:
+        assert (part.logits - expected.logits).abs().max() < TOLERANCE
+    by_token = [replace(part, logits=part.logits[:, :0] if n else part.logits) for n, part in enumerate(found)]
+    compare(joined(by_token), expected)
 
 
 def test_attention_of_other_kinds() -> None:
@@ -470,6 +589,18 @@ def test_compiled_layer_by_layer() -> None:
     check(case, [found])
 
 
+def test_the_example_of_the_guide_runs() -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    (source,) = re.findall(r"## Hugging Face.*?```python\n(.*?)```", text, re.DOTALL)
+    case, expected = Case("llama", "plain"), Case("llama", "plain").build()
+    names = {"model": case.build(), "group": None, "all_ranks": None, "torch": torch}
+    exec(source, names | case.inputs())
+    inputs = case.inputs()
+    expected(**inputs, labels=inputs["input_ids"]).loss.backward()
+    for mine, theirs in zip(names["model"].parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
 # ---- what is refused
 
 
@@ -499,7 +630,9 @@ def test_wrong_inputs_raise_on_every_rank() -> None:
         "with a cache": lambda x, _: x.update(use_cache=True),
         "attention_mask is [2, 1, 30, 30]": lambda x, _: x.update(attention_mask=whole),
         "attention_mask is [2, 30]": lambda x, _: x.update(attention_mask=whole[:, 0, 0]),
-        "position_ids is [3, 2, 15]": lambda x, _: x.update(position_ids=whole[:, 0, :3, :15].transpose(0, 1)),
+        "position_ids is [3, 2, 15]; expected": lambda x, _: x.update(
+            position_ids=whole[:, 0, :3, :15].transpose(0, 1)
+        ),
         "ulysses_lens = [14, 16] does not fit": lambda x, _: x.update(ulysses_lens=(14, 16)),
         "rank 1 has no tokens": lambda x, _: x.update({name: value[:, :0] for name, value in x.items()}),
         "attends with made_up": lambda x, _: x.update(made_up=3),
@@ -529,6 +662,16 @@ def test_positions_that_a_model_makes_in_a_way_of_its_own_are_asked_for() -> Non
     model(torch.ones(1, 5, dtype=torch.int64), position_ids=torch.arange(2, 7)[None])
 
 
+def test_a_decoder_needs_its_inputs_shifted() -> None:
+    model = TRANSLATIONS[0].build()
+    enable(model)
+    with pytest.raises(OptionError, match="shift the whole sequence, shard that and pass decoder_input_ids"):
+        model(input_ids=torch.ones(1, 5, dtype=torch.int64))
+    target = torch.ones(1, 4, dtype=torch.int64)
+    with pytest.raises(OptionError, match="packing for a decoder"):
+        model(target, decoder_input_ids=target, cu_seq_lens_q=torch.tensor([0, 2, 4]))
+
+
 def test_offsets_and_a_mask_raise() -> None:
     def masked(inputs: dict[str, torch.Tensor], _: Any) -> None:
         inputs["attention_mask"] = torch.ones(1, 15)
@@ -549,7 +692,7 @@ def test_masks_of_other_patterns_raise() -> None:
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     model = Gemma3ForCausalLM(Gemma3TextConfig(**TINY, use_bidirectional_attention=True))
-    with pytest.raises(OptionError, match="not causal|is masked by"):
+    with pytest.raises(OptionError, match="the model masks attention by or_masks"):
         enable(model)
         model(torch.ones(1, 5, dtype=torch.int64))
 
@@ -570,10 +713,6 @@ def unhandled() -> Iterator[Any]:
     yield "BloomAttention", lambda: t.BloomForCausalLM(t.BloomConfig(**sizes | {"hidden_size": 32}))
     yield "flash attention", lambda: t.T5ForConditionalGeneration(t.T5Config(**small, d_model=32, d_kv=8, d_ff=32))
     yield r"bert.pooler \(BertPooler\)", lambda: t.BertForPreTraining(t.BertConfig(**bert_sizes))
-    yield (
-        "add_cross_attention",
-        lambda: t.BertLMHeadModel(t.BertConfig(**bert_sizes, is_decoder=True, add_cross_attention=True)),
-    )
     yield "has a head", lambda: t.LlamaForSequenceClassification(t.LlamaConfig(**TINY))
     yield "no transformers model", lambda: torch.nn.Linear(2, 2)
 

@@ -54,6 +54,37 @@ def _(position_ids: Tensor, attention_mask: Tensor | None, group: str, lens: Seq
     return like.new_empty(like.shape, dtype=torch.int64)
 
 
+def real_tokens(group: UlyssesGroup, attention_mask: Tensor, lens: Sequence[int]) -> Tensor | None:
+    """int8 `[B, S]` of all ranks' tokens, from this rank's mask `[B, L]`: 0 for padding. None where there is none.
+
+    As `document_ids`, collective where the mask is new, and never None in a traced graph.
+    """
+    if torch.compiler.is_compiling():
+        found: Tensor = _traced_mask(attention_mask, group.name, lens)
+        return found
+
+    def make() -> Tensor | None:
+        real = _gathered_mask(attention_mask, group, lens)
+        return None if real.all() else real
+
+    return group.memo.get([attention_mask], ("real tokens", tuple(lens)), make)
+
+
+@torch.library.custom_op("ulysses_triton::real_tokens", mutates_args=())
+def _traced_mask(attention_mask: Tensor, group: str, lens: Sequence[int]) -> Tensor:
+    return _gathered_mask(attention_mask, by_name(group), lens)
+
+
+@_traced_mask.register_fake
+def _(attention_mask: Tensor, group: str, lens: Sequence[int]) -> Tensor:
+    return attention_mask.new_empty((attention_mask.size(0), sum(lens)), dtype=torch.int8)
+
+
+def _gathered_mask(attention_mask: Tensor, group: UlyssesGroup, lens: Sequence[int]) -> Tensor:
+    real = attention_mask.bool().to(torch.int8)
+    return gathered(group, "encoder_attention_mask", real.T, lens).T.contiguous()
+
+
 def _gathered(
     position_ids: Tensor, attention_mask: Tensor | None, group: UlyssesGroup, lens: Sequence[int] | None
 ) -> Tensor:
