@@ -82,25 +82,17 @@ def cases(ranks: int) -> list[Any]:
     from ._hugging_face import Case
 
     llama = Case("Llama", ranks=ranks)
-    inputs = ("packed", "2 packed rows", "padded right", "padded left")
-    others = [Case(model, ranks=ranks) for model in ("Mistral, window", "Gemma 2", "gpt-oss", "BERT")]
-    return [
-        llama,
-        *(replace(llama, input=kind) for kind in inputs),
-        replace(llama, tokens=47),
-        replace(llama, heads=6, kv_heads=6),
-        replace(llama, heads=3, kv_heads=1),
-        others[0],
-        *(replace(case, input="packed") for case in others[:-1]),
-        *others[1:],
-        replace(others[-1], input="padded right"),
-    ]
+    found = [replace(llama, input=kind) for kind in ("plain", "packed", "2 packed rows", "padded right", "padded left")]
+    found += [replace(llama, tokens=47), replace(llama, heads=6, kv_heads=6), replace(llama, heads=3, kv_heads=1)]
+    for model in ("Mistral, window", "Gemma 2", "gpt-oss"):
+        found += [Case(model, kind, ranks=ranks) for kind in ("plain", "packed")]
+    return found + [Case("BERT", kind, ranks=ranks) for kind in ("plain", "padded right")]
 
 
 def title(case: Any) -> str:
     parts = [case.model, *[case.input] * (case.input != "plain")]
-    parts += [f"{case.tokens} tokens"] * (case.tokens % case.ranks > 0)
-    if case.heads % case.ranks:
+    parts += [f"{case.tokens} tokens"] * (case.tokens != type(case).tokens)
+    if case.heads != type(case).heads:
         parts.append(f"{case.heads} heads" + (f" ({case.kv_heads} kv)" if case.kv_heads != case.heads else ""))
     return ", ".join(parts)
 
