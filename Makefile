@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CXX_USED := $(if $(filter default undefined,$(origin CXX)),g++,$(CXX))
 
-.PHONY: train test test-slow lint format setup peers limits compiler headers clean
+.PHONY: train test test-slow lint format setup peers limits hugging-face compiler headers clean
 
 train: $(READY)
 	$(BIN)/ulysses-triton train $(if $(RANKS),--ranks $(RANKS)) $(ARGS)
@@ -38,6 +38,10 @@ peers: $(VENV_PEERS)/.peers-ready
 # Which head counts these take, and ours.
 limits: $(VENV_PEERS)/.peers-ready
 	$(VENV_PEERS)/bin/python -m bench.limits $(ARGS)
+
+# Which models of transformers are right over shards, theirs and ours.
+hugging-face: $(VENV_PEERS)/.peers-ready
+	$(VENV_PEERS)/bin/python -m bench.hugging_face $(ARGS)
 
 $(VENV_PEERS)/.peers-ready: requirements/dev.txt requirements/peers.txt pyproject.toml
 	@$(MAKE) --no-print-directory VENV=$(VENV_PEERS) setup

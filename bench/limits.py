@@ -27,7 +27,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from multiprocessing import connection
 from pathlib import Path
@@ -151,16 +151,30 @@ def cell(found: Found, messages: list[str]) -> str:
 
 def attempt(name: str, cases: Sequence[Case], deadline: float) -> Found:
     """Run a contestant's layers on ranks of their own, and judge what these have said by the deadline, in seconds."""
+    modules = ["bench._limits", *(module for modules in MODULES.values() for module in modules)]
+    said = told(tell, (name, cases), cases[0].ranks, modules, deadline)
+    return said if isinstance(said, Found) else judge(cases, said)
+
+
+def told(
+    tell: Callable[..., None], given: tuple[object, ...], ranks: int, modules: Sequence[str], deadline: float
+) -> list[Any] | Found:
+    """What every rank of a run says by the deadline, in seconds; why it says nothing, if a process ended.
+
+    Args:
+        tell: what ranks do, as `_limits.tell`: called with (rank, port, *given, pipe, path for stderr).
+        modules: what the first run imports for all, as it takes long.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bench._limits", *(module for modules in MODULES.values() for module in modules)])
+    context.set_forkserver_preload([*modules])
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes, pipes = [], []
     with tempfile.TemporaryDirectory() as folder:
-        stderr = [Path(folder, f"{rank}.txt") for rank in range(cases[0].ranks)]
+        stderr = [Path(folder, f"{rank}.txt") for rank in range(ranks)]
         try:
             for rank, path in enumerate(stderr):
                 ours, theirs = context.Pipe()
-                arguments = (rank, store.port, name, cases, theirs, path)
+                arguments = (rank, store.port, *given, theirs, path)
                 processes.append(context.Process(target=tell, args=arguments, daemon=True))
                 with mock.patch.dict(os.environ, {"DS_ACCELERATOR": "cpu"}):  # DeepSpeed reads it as it is imported
                     os.environ.pop("TRITON_INTERPRET", None)  # it would put the kernels in the place of PyTorch's
@@ -168,7 +182,7 @@ def attempt(name: str, cases: Sequence[Case], deadline: float) -> Found:
                 theirs.close()
                 pipes.append(ours)
             if any(said is not None for said in _hear(pipes, START)):
-                raise RuntimeError(f"{name}: ranks did not begin: {''.join(path.read_text() for path in stderr)}")
+                raise RuntimeError(f"{given[0]}: ranks did not begin: {''.join(path.read_text() for path in stderr)}")
             heard = _hear(pipes, deadline)
         finally:
             for process in processes:
@@ -177,7 +191,7 @@ def attempt(name: str, cases: Sequence[Case], deadline: float) -> Found:
         if Ended in heard:
             (why, *_) = [path.read_text() for path, said in zip(stderr, heard, strict=True) if said is Ended]
             return Found("dies", message=_short(why.partition("what():")[2] or why))
-    return judge(cases, heard)
+    return heard
 
 
 def _hear(pipes: Sequence[connection.Connection], seconds: float) -> list[Any]:
@@ -196,14 +210,19 @@ def _hear(pipes: Sequence[connection.Connection], seconds: float) -> list[Any]:
 
 def judge(cases: Sequence[Case], heard: Sequence[Any]) -> Found:
     """The verdict on what the ranks said: an error, `Silent`, or arrays of every case's out, dq, dk, dv."""
+    if failure := failed(heard):
+        return failure
+    worst = max(_error(case, [said[i] for said in heard]) for i, case in enumerate(cases))
+    return Found("right" if worst <= truth.allowed(cases[0].torch_dtype, 0.0) else "wrong", worst)
+
+
+def failed(heard: Sequence[Any]) -> Found | None:
+    """What became of a run in which not every rank has results."""
     errors = [said for said in heard if isinstance(said, str)]
     message = _short(errors[0]) if errors else ""
     if Silent in heard:
         return Found("hangs", message=f"{len(errors)} of {len(heard)} ranks: {message}" if message else "")
-    if errors:
-        return Found("raises", message=message)
-    worst = max(_error(case, [said[i] for said in heard]) for i, case in enumerate(cases))
-    return Found("right" if worst <= truth.allowed(cases[0].torch_dtype, 0.0) else "wrong", worst)
+    return Found("raises", message=message) if errors else None
 
 
 def _short(text: str) -> str:
