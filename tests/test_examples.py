@@ -8,11 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from training_command import ROOT, environment
 
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+ACCELERATE = [
+    *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "4", "--num_machines", "1"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no"),
+]
 
-def test_fine_tuning_under_torchrun(tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, pytest.param(ACCELERATE, marks=pytest.mark.slow)], ids=lambda x: x[0])
+def test_fine_tuning(tmp_path: Path, launcher: list[str]) -> None:
+    launch = [sys.executable, "-m", *launcher]
     command = [*launch, str(ROOT / "examples" / "sft.py"), "--sequence-ranks", "2", "--cpu", "--output", str(tmp_path)]
     env = environment() | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": os.fspath(tmp_path / "home")}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
