@@ -120,6 +120,8 @@ class Hooks:
         lens = self.lens_of("ulysses_encoder_lens" if self.encodes else "ulysses_lens", given, length)
         attention_mask = self.shaped("attention_mask", given, ((batch, length),))
         placed = self.shaped("position_ids", given, ((batch, length), (1, length)))
+        if placed is not None and "position_ids" not in self.names:
+            self.fail(OptionError(f"{self.said} was given position_ids, which it does not take"))
         if placed is None and not self.counts_positions:
             self.fail(
                 OptionError(
@@ -142,7 +144,7 @@ class Hooks:
         part = Part(self.group, self.attention, lens, documents, cu_seqlens)
         encoded = given.get("encoder_hidden_states")
         if self.encodes or encoded is not None:
-            if placed is not None or cu_seqlens is not None:
+            if placed is not None or cu_seqlens is not None:  # of which sequence?
                 self.fail(
                     OptionError(
                         f"{self.said} got position_ids or cu_seq_lens_q: packing for a decoder of another "
