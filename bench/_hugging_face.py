@@ -140,9 +140,9 @@ def exact(case: Case) -> dict[str, Tensor]:
         softcap, sinks = getattr(config, "attn_logit_softcapping", None), getattr(module, "sinks", None)
         return dense(*(x.transpose(1, 2) for x in (q, k, v)), allowed, scaling, softcap, sinks), None
 
-    AttentionInterface.register("dense", attend)  # with no mask function: transformers builds no mask
+    AttentionInterface.register("bench_dense", attend)  # with no mask function: transformers builds no mask
     model = case.build().double()
-    model.set_attn_implementation("dense")
+    model.set_attn_implementation("bench_dense")
     model.config._experts_implementation = "eager"  # the only one for fp64
     batch = case.batch()
     return step(model, {name: batch[name] for name in ("input_ids", "position_ids")}, case.weight().double())
