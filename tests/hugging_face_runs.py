@@ -314,8 +314,8 @@ def hugging_face(
     keep(record, made).save(folder, name)
 
 
-def zero(folder: Path, name: str, *, sequence_ranks: int, resume: str | None = None) -> None:
-    """DeepSpeed's ZeRO-3 under the Trainer, on CPUs."""
+def zero(folder: Path, name: str, *, sequence_ranks: int, stage: int = 3, resume: str | None = None) -> None:
+    """DeepSpeed's ZeRO under the Trainer, on CPUs."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it compiles C++
@@ -325,7 +325,7 @@ def zero(folder: Path, name: str, *, sequence_ranks: int, resume: str | None = N
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerate.PartialState(backend="gloo")
     config = {
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {}),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
@@ -341,8 +341,9 @@ def keep(record: Record, made: Any) -> Record:
     if made.is_deepspeed_enabled:
         parameters = list(made.model.parameters())
         record["zero_stage"] = made.deepspeed.zero_optimization_stage()
-        record["whole"] = sum(parameter.ds_numel for parameter in parameters)
-        record["local"] = sum(parameter.ds_tensor.numel() for parameter in parameters)
+        if record["zero_stage"] == 3:
+            record["whole"] = sum(parameter.ds_numel for parameter in parameters)
+            record["local"] = sum(parameter.ds_tensor.numel() for parameter in parameters)
     history = made.state.log_history
     record["losses"] = [line["loss"] for line in history if "loss" in line]
     record["evaluations"] = [
@@ -443,6 +444,7 @@ VARIANTS: dict[str, tuple[int, Callable[..., None], dict[str, Any]]] = {
     "zero_4": (RANKS, zero, {"sequence_ranks": 4}),
     "zero_4_resumed": (RANKS, zero, {"sequence_ranks": 4, "resume": "zero_4"}),
     "zero_2x2": (RANKS, zero, {"sequence_ranks": 2}),
+    "zero2_2x2": (RANKS, zero, {"sequence_ranks": 2, "stage": 2}),
     "sft_bfd_2x2": (RANKS, fine_tuning, {"sequence_ranks": 2, "packing": "bfd", "sharded": True}),
 }
 

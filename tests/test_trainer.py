@@ -47,7 +47,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def zero_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("needs DeepSpeed: `make peers` installs it, `make VENV=.venv-peers test-slow` runs this")
-    return run(tmp_path_factory.mktemp("zero"), "trainer_1", "zero_4", "zero_4_resumed", "zero_2x2")
+    return run(tmp_path_factory.mktemp("zero"), "trainer_1", "zero_4", "zero_4_resumed", "zero_2x2", "zero2_2x2")
 
 
 def run(folder: Path, *names: str) -> Path:
@@ -168,12 +168,12 @@ def test_what_would_make_another_loss_is_refused(runs: Path, options: str, said:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["zero_4", "zero_2x2"])
-def test_zero_3_learns_what_one_process_learns(zero_runs: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["zero_4", "zero_2x2", "zero2_2x2"])
+def test_zero_learns_what_one_process_learns(zero_runs: Path, name: str) -> None:
     reference = record(zero_runs, "trainer_1")
     for its in records(zero_runs, name):
-        assert its["zero_stage"] == 3
-        assert its["local"] == its["whole"] / 4
+        assert its["zero_stage"] == (2 if name.startswith("zero2") else 3)
+        assert its["zero_stage"] == 2 or its["local"] == its["whole"] / 4
         assert its["calls"] == [LAYERS * ACCUMULATE] * STEPS
         assert apart(its["losses"], reference["losses"]) <= 1e-5
         assert apart(its["grad_norms"], reference["grad_norms"]) <= 1e-4

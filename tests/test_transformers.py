@@ -273,7 +273,7 @@ def test_model(model: str, kind: str, ranks: int) -> None:
 
 @pytest.mark.parametrize("ranks", [4, 2])
 def test_models_on_processes(pool: Any, ranks: int) -> None:
-    cases = [Case(model, kind) for model in MODELS for kind in ("rows", "left")]
+    cases = [Case(model, kind) for model in MODELS for kind in ("plain", "packed", "rows", "left", "right")]
     by_rank = pool.run(ranks, on_process, cases)
     for number, case in enumerate(cases):
         check(case, [found[number] for found in by_rank])
