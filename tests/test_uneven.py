@@ -153,7 +153,10 @@ def test_options(pool, options, heads):
     assert torch.equal(one["out"], joined(case, virtually(case))["out"])
 
 
-@pytest.mark.parametrize("options", ["window, softcap", "dropout, sinks, ALiBi, LSE", "documents, predicate", "fused"])
+@pytest.mark.parametrize(
+    "options",
+    ["window, softcap", "dropout, sinks, ALiBi, LSE", "documents, predicate", "offsets", "block mask", "fused"],
+)
 def test_options_of_the_kernels(options):
     case = Case((200, 0, QUERY_TILE - 150), 2, 1, attention="triton", **OPTIONS[options])
     check(case, virtually(case))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .call import Call, describe
-from .cuts import QUERY_TILE, cuts, divides, pairs, takes_pieces
+from .cuts import QUERY_TILE, cuts, pairs, takes_pieces
 from .group import UlyssesGroup
 from .kernels._blocks import BLOCK, combine
 from .kernels._views import Documents, HeadMap, Options
@@ -27,10 +27,12 @@ def weighed_cuts(group: UlyssesGroup, call: Call, q_offsets: Offsets | None, k_o
     """Where ranks' work ends in the queries of all heads, or nothing where the bounds alone say so."""
     given = [x for x in (q_offsets, k_offsets) if x is not None]
     on_host = bool(given) and not any(isinstance(x, Tensor) and x.is_cuda for x in given)
-    if call.blocks is None and not on_host:
+    assert call.q is not None
+    heads = call.heads if call.fused else call.q.size(2)
+    if heads % group.size == 0 or (call.blocks is None and not on_host):
         return []
     problem, inputs = describe(group, call)
-    if divides(problem) or not takes_pieces(problem):
+    if not takes_pieces(problem):
         return []
     if call.blocks is not None:
         tensors: Sequence[Tensor] = (call.blocks, *(inputs.documents or ()))
