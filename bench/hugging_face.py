@@ -33,7 +33,7 @@ from torch import Tensor
 
 from . import _record
 from ._peers import missing
-from .limits import Found, cell, failed, told
+from .limits import Found, failed, show, told
 
 LIMIT = 1e-5
 NEEDS = {"DeepSpeed ALST, sdpa": "deepspeed", "DeepSpeed ALST, flash": "deepspeed"}
@@ -55,18 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{', '.join(versions)}; commit {about['commit']}, sources {about['sources']}")
     if len(names) < len(CONTESTANTS):
         print("DeepSpeed is not installed here: `make hugging-face` runs this where it is")
-    print(f"\n| {asked.ranks} ranks | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}", flush=True)
-    messages: list[str] = []
-    fine = True
-    for case in cases(asked.ranks):
-        if asked.only in title(case):
-            found = {name: attempt(name, case, asked.deadline) for name in names}
-            fine = fine and found["ours"].fine
-            print(f"| {title(case)} | {' | '.join(cell(x, messages) for x in found.values())} |", flush=True)
-    print()
-    for number, message in enumerate(messages, 1):
-        print(f"{number}. {message}")
-    return 0 if fine else 1
+    rows = [(title(case), case) for case in cases(asked.ranks) if asked.only in title(case)]
+    return show(f"{asked.ranks} ranks", names, rows, lambda name, case: attempt(name, case, asked.deadline))
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -31,7 +31,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from unittest import mock
 
 import torch
@@ -43,6 +43,8 @@ from ulysses_triton.case import Case, draw, exact
 from . import _record
 from ._limits import MODULES, NAMES, tell
 from ._peers import missing
+
+Row = TypeVar("Row")
 
 START = 300.0  # seconds that processes may take to import everything and to meet
 
@@ -98,16 +100,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in needs:
         if name not in names:
             print(f"{name} is not installed here: `make limits` runs this where it is")
-    print(f"\n| | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}", flush=True)
+    rows = [(title(cases), cases) for cases in ([(asked.case,)] if asked.case else TABLE)]
+    return show("", names, rows, lambda name, cases: attempt(name, cases, asked.deadline))
+
+
+def show(corner: str, names: Sequence[str], rows: Sequence[tuple[str, Row]], run: Callable[[str, Row], Found]) -> int:
+    """Run every contestant on every row; print the table and its messages. Returns the exit status, 1 if ours fails."""
+    print(f"\n|{f' {corner}' if corner else ''} | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}", flush=True)
     messages: list[str] = []
     fine = True
-    for cases in [(asked.case,)] if asked.case else TABLE:
-        cells = []
-        for name in names:
-            found = attempt(name, cases, asked.deadline)
-            fine = fine and (name != "ours" or found.fine)
-            cells.append(cell(found, messages))
-        print(f"| {title(cases)} | {' | '.join(cells)} |", flush=True)
+    for said, row in rows:
+        found = {name: run(name, row) for name in names}
+        fine = fine and found["ours"].fine
+        print(f"| {said} | {' | '.join(cell(x, messages) for x in found.values())} |", flush=True)
     print()
     for number, message in enumerate(messages, 1):
         print(f"{number}. {message}")

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, get_type_hints
 from torch import Tensor
 
 from . import masks, projection
-from .errors import DeviceError, DtypeError, OptionError, ShapeError, UlyssesError
+from .errors import DeviceError, DtypeError, OptionError, ShapeError
 from .executor import Inputs
-from .group import UlyssesGroup, by_name
+from .group import UlyssesGroup, by_name, told_to_peers
 from .kernels._blocks import BLOCK
 from .kernels._config import fingerprint
 from .kernels._views import Documents, Dropout, Predicate, Transform
@@ -195,13 +195,10 @@ def agreed(what: str, call: Call) -> tuple[UlyssesGroup, Problem, Inputs]:
     A seed for dropout that was drawn, not given, is rank 0's.
     """
     group = by_name(call.group)
-    try:
+    with told_to_peers(group):
         problem, inputs = describe(group, call)
         if problem.attention == "reference" and inputs.predicate is not None and problem.seq and problem.kv_seq:
             masks.ask(inputs.predicate)
-    except UlyssesError as error:
-        group.refuse(error)
-        raise
     given = "" if call.dropout_seed is None else f"; dropout_seed={call.dropout_seed}"
     drawn = call.dropout_seed if call.seed is None else int(call.seed)
     seed = group.agree(what, problem.signature + given, drawn if problem.dropout_p else None, device=problem.device)

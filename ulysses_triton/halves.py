@@ -15,9 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from . import executor, layout
 from .call import SCHEMA, Call, agreed, describe
-from .errors import UlyssesError
 from .executor import Inputs
-from .group import UlyssesGroup, by_name
+from .group import UlyssesGroup, by_name, told_to_peers
 from .op import QKV, grads_of, like_inputs, small_grads
 from .placement import place
 from .spec import Problem
@@ -102,11 +101,8 @@ class _Split(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # or no `out=` with create_graph
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        try:
+        with told_to_peers(ctx.group):  # that there is no memory for them
             rows = ctx.group.pool.take(ctx.shape, grads[0].dtype, grads[0].device)
-        except UlyssesError as error:  # no memory for them
-            ctx.group.refuse(error)
-            raise
         return torch.cat(grads, -1, out=rows), None, None
 
 

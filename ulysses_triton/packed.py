@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import DtypeError, OptionError, ShapeError, UlyssesError
-from .group import UlyssesGroup, by_name
+from .errors import DtypeError, OptionError, ShapeError
+from .group import UlyssesGroup, by_name, told_to_peers
 from .kernels._documents import documents
 from .shard import gathered
 
@@ -59,11 +59,8 @@ def kept_tables(
             return documents(gathered(group, "segment_ids", segment_ids.to(device, torch.int64).T, lens).T.contiguous())
         assert cu_seqlens is not None
         offsets = [x.tolist() if isinstance(x, Tensor) else list(x) for x in given]
-        try:
+        with told_to_peers(group):
             _check_offsets(offsets, (sum(lens), sum(kv_lens)))
-        except UlyssesError as error:
-            group.refuse(error)
-            raise
         group.agree("documents", "; ".join(f"cu_seqlens{'_k' * i}={_brief(x)}" for i, x in enumerate(offsets)))
         ids = [_numbers(found).to(device) for found in offsets]
         return documents(*ids)

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import DtypeError, ShapeError
-from .group import Groupish, by_name, resolve
+from .errors import ShapeError
+from .group import Groupish, by_name, resolve, told_to_peers
 from .messages import Message
-from .shard import dim_of, exchanged
+from .shard import check_carried, dim_of, exchanged
 
 
 def from_zigzag(x: Tensor, group: Groupish = None, dim: int = 1) -> Tensor:
@@ -85,17 +85,13 @@ _INVERSE = {f"{way}_{order}": f"{back}_{order}" for way, back in (("from", "to")
 def _reordered(x: Tensor, group: Groupish, dim: int, name: str) -> Tensor:
     own = resolve(group)
     dim = dim_of(x, dim)
-    try:
+    with told_to_peers(own):
         if "zigzag" in name and x.size(dim) % 2:
             raise ShapeError(
                 f"{name}: dim {dim} has {x.size(dim)} tokens; a zigzag shard is two chunks of equal length, so the "
                 f"whole sequence needs a multiple of {2 * own.size} tokens: pad it"
             )
-        if x.device.type not in own.devices:
-            raise DtypeError(f"x is on {x.device}; the group carries tensors on {' and '.join(sorted(own.devices))}")
-    except (ShapeError, DtypeError) as error:
-        own.refuse(error)
-        raise
+        check_carried(x, own)
     return _Reorder.apply(x.movedim(dim, 0), own.name, name).movedim(0, dim)
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import DtypeError, OptionError, ShapeError
-from .group import Groupish, UlyssesGroup, by_name, process_group, resolve
+from .group import Groupish, UlyssesGroup, by_name, process_group, resolve, told_to_peers
 from .messages import Message
 
 IGNORE_INDEX = -100  # the label that torch's cross_entropy leaves out
@@ -59,16 +59,12 @@ def gather_sequence(x: Tensor, group: Groupish = None, dim: int = 1, lens: Seque
     own = resolve(group)
     dim = dim_of(x, dim)
     lengths = tuple(lens) if lens is not None else (x.size(dim),) * own.size
-    try:
+    with told_to_peers(own):
         if len(lengths) != own.size or lengths[own.rank] != x.size(dim):
             raise ShapeError(
                 f"lens = {list(lengths)} does not fit rank {own.rank} of {own.size}, which has {x.size(dim)} tokens"
             )
-        if x.device.type not in own.devices:
-            raise DtypeError(f"x is on {x.device}; the group carries tensors on {' and '.join(sorted(own.devices))}")
-    except (ShapeError, DtypeError) as error:
-        own.refuse(error)
-        raise
+        check_carried(x, own)
     return _Gather.apply(x.movedim(dim, 0), own.name, lengths).movedim(0, dim)
 
 
@@ -123,6 +119,11 @@ def exchanged(group: UlyssesGroup, name: str, message: Message, parts: Sequence[
             hop.start()
             hop.finish()
     return receive
+
+
+def check_carried(x: Tensor, group: UlyssesGroup) -> None:
+    if x.device.type not in group.devices:
+        raise DtypeError(f"x is on {x.device}; the group carries tensors on {' and '.join(sorted(group.devices))}")
 
 
 def dim_of(x: Tensor, dim: int) -> int:

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from ..errors import OptionError, ShapeError, UlyssesError
-from ..group import Groupish, UlyssesGroup, resolve
+from ..errors import OptionError, ShapeError
+from ..group import Groupish, UlyssesGroup, resolve, told_to_peers
 from ..shard import IGNORE_INDEX, shard_lens, shard_sequence
 
 INPUTS = ("input_ids", "inputs_embeds")  # the first of them that is there says how long the sequences are
@@ -68,15 +68,12 @@ class SequenceShards:
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         ranks = self.group.size
-        try:
+        with told_to_peers(self.group):
             whole = whole_batch(batch)
             tensors = {name: value for name, value in whole.items() if isinstance(value, Tensor)}
             lens = shard_lens(tensors["position_ids"].size(1), ranks)
             if lens[-1] == 0:
                 raise ShapeError(f"sequences of {sum(lens)} tokens cannot be sharded over {ranks} ranks: pad them")
-        except UlyssesError as error:
-            self.group.refuse(error)
-            raise
         if ranks > 1:
             self.group.agree("batch", "; ".join(f"{name}={_brief(value)}" for name, value in sorted(tensors.items())))
         if lens[0] != lens[-1]:
