@@ -20,24 +20,36 @@ def library() -> Any:
             'exchange="nccl" needs NVIDIA GPUs and a PyTorch for CUDA; '
             f'this is torch {torch.__version__} with {torch.cuda.device_count()} CUDA devices: use exchange="torch"'
         )
-    extra = f"cuda{torch.version.cuda.split('.')[0]}"
-    remedy = f'pip install "ulysses-triton[{extra}]"'
+    cuda = torch.version.cuda
     try:
         from cupy.cuda import nccl
     except ImportError as error:
-        raise GroupError(f'exchange="nccl" needs cupy, which cannot be imported ({error}): {remedy}') from error
+        raise GroupError(f'exchange="nccl" needs cupy, which cannot be imported ({error}): {install(cuda)}') from error
     if not nccl.available:
-        raise GroupError(
-            f"cupy finds no NCCL: the package nvidia-nccl-cu{extra.removeprefix('cuda')} is missing; {remedy}"
-        )
+        raise GroupError(f"cupy finds no NCCL: the package {package(cuda)} is missing; {install(cuda)}")
     ours, torchs = version(nccl.get_version()), tuple(torch.cuda.nccl.version()[:3])
-    if ours[:2] != torchs[:2]:
+    if not same(ours, torchs):
         raise GroupError(
-            f"cupy found NCCL {_dotted(ours)}, PyTorch has NCCL {_dotted(torchs)}; their minor versions must be equal: "
-            f'{remedy} "nvidia-nccl-cu{extra.removeprefix("cuda")}'
-            f'=={_dotted(torchs)}"'
+            f"cupy found NCCL {dotted(ours)}, PyTorch has NCCL {dotted(torchs)}; their minor versions must be equal: "
+            f"{install(cuda, torchs)}"
         )
     return nccl
+
+
+def same(ours: Sequence[int], torchs: Sequence[int]) -> bool:
+    """Whether cupy's NCCL can be used beside PyTorch's; versions are (major, minor, patch)."""
+    return ours[:2] == torchs[:2]
+
+
+def install(cuda: str, nccl: Sequence[int] | None = None) -> str:
+    """The command that installs what this exchange needs beside a PyTorch for a CUDA ("13.0"), of this NCCL."""
+    pinned = "" if nccl is None else f' "{package(cuda)}=={dotted(nccl)}"'
+    return f'pip install "ulysses-triton[cuda{cuda.split(".")[0]}]"{pinned}'
+
+
+def package(cuda: str) -> str:
+    """The package of NCCL for a CUDA."""
+    return f"nvidia-nccl-cu{cuda.split('.')[0]}"
 
 
 def version(code: int) -> tuple[int, int, int]:
@@ -50,7 +62,7 @@ def usable(control: Control) -> tuple[Any, str]:
     nccl, mine = None, ""
     try:
         nccl = library()
-        mine = f"={_dotted(version(nccl.get_version()))}"
+        mine = f"={dotted(version(nccl.get_version()))}"
     except GroupError as error:
         mine = str(error)
     padded = mine.encode()[:_FINDING_BYTES].ljust(_FINDING_BYTES, b"\0")
@@ -63,5 +75,5 @@ def usable(control: Control) -> tuple[Any, str]:
     return nccl, ""
 
 
-def _dotted(numbers: Sequence[int]) -> str:
+def dotted(numbers: Sequence[int]) -> str:
     return ".".join(map(str, numbers))
