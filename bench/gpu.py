@@ -95,11 +95,14 @@ def _folder(arguments: argparse.Namespace) -> Path | None:
 
 
 def _run(session: Session, asked: argparse.Namespace) -> int:
+    from ulysses_triton import doctor
+
     from . import _record
 
     about = _record.environment(session.device, dry=session.dry)
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
     print(f"{about['device']['name']}; {versions}; commit {about['commit']}, sources {about['sources']}")
+    print(doctor.text(doctor.machine(doctor.gather())), flush=True)
     if session.dry:
         print("DRY RUN in Triton's interpreter, on a CPU: checks are real, times mean nothing")
         print("bf16 is left out: the interpreter multiplies its raw bits")

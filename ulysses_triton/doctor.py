@@ -1,6 +1,6 @@
 """`ulysses-triton doctor`: whether a machine, or all ranks of torchrun together, are fit for this library.
 
-Facts are gathered (`doctor_facts`) and judged (`doctor_checks`, `doctor_ranks`), and the ranks try it (`doctor_stages`).
+Facts are gathered (`doctor_facts`) and judged (`doctor_checks`, `doctor_ranks`), then ranks try it (`doctor_stages`).
 After each stage all ranks have heard what all others found; rank 0 prints it, and its verdict is that of all.
 """
 

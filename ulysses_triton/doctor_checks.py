@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from .doctor_facts import Facts, Gpu
@@ -55,7 +55,7 @@ Found = Iterator[Check]
 
 def machine(facts: Facts) -> list[Check]:
     """What one machine's facts say."""
-    parts: tuple[Callable[[Facts], Found], ...] = (_system, _packages, _nccl, _integrations, _gpus, _links, _tiles)
+    parts = (_system, _packages, _nccl, _integrations, _gpus, _links, _exchange, _tiles)
     return [check for part in parts for check in part(facts)]
 
 
@@ -219,6 +219,19 @@ def _gpu(name: str, gpu: Gpu) -> Found:
     if gpu.ecc_errors.isdecimal() and int(gpu.ecc_errors):
         remedy = "reset the GPU (nvidia-smi --gpu-reset) or have it replaced"
         yield Check("GPUs", f"{name} memory", FAIL, f"{gpu.ecc_errors} uncorrected ECC errors", remedy)
+
+
+def _exchange(facts: Facts) -> Found:
+    """What exchange="auto" takes, as far as one process can tell."""
+    if facts.gpus:
+        problems = [check.found for check in _nccl(facts) if check.status != OK]
+        why = problems[0] if problems else "cupy's NCCL fits torch's"
+        said = f"nccl ({why})" if facts.cuda and not problems else f"torch ({why})"
+    elif facts.shared_memory_error:
+        said = f"torch (no shared memory: {facts.shared_memory_error})"
+    else:
+        said = "shm for ranks on this host, torch for those of several"
+    yield Check("choices", "exchange of ranks here", OK, said)
 
 
 def _tiles(facts: Facts) -> Found:

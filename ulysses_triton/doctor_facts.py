@@ -111,7 +111,7 @@ class Facts:
     @staticmethod
     def of(content: dict[str, Any]) -> Facts:
         """From the values of its JSON, in which tuples are lists."""
-        found = {name: tuple(x) if isinstance(x, list) else x for name, x in content.items()}
+        found: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in content.items()}
         found["gpus"] = tuple(Gpu(**gpu) for gpu in content["gpus"])
         found["tuned"] = tuple(Tuned(**file) for file in content["tuned"])
         found["no_access"] = tuple((a, b) for a, b in content["no_access"])

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from . import chunk_cache, cost
-from .case import Case, Layer, draw
+from .case import Case, Inputs, Layer, Results, draw
 from .doctor_checks import FAIL, OK, SKIPPED, Check
 from .errors import ExchangeError
 from .group import UlyssesGroup
@@ -57,8 +57,8 @@ class Ranks:
     def share(self, what: str, text: str) -> list[str | None]:
         """Every rank's `text` on `what`, in rank order; None of those that gave none by the deadline."""
         keys = [f"{what} of {rank}" for rank in range(self.size)]
+        self._say(what, text)
         try:
-            self.store.set(keys[self.rank], text)
             with suppress(RuntimeError):  # at the deadline: who is there is asked next
                 self.store.wait(keys, self.timeout)
             return [self.store.get(key).decode() if self.store.check([key]) else None for key in keys]
@@ -69,8 +69,8 @@ class Ranks:
         """What `work` returns. Raises ExchangeError where it failed on another rank."""
         try:
             result = work()
-        except Exception as error:
-            self.share(what, f"{type(error).__name__}: {error}")
+        except Exception as error:  # nobody is waited for: the others may be waiting for this rank elsewhere
+            self._say(what, f"{type(error).__name__}: {error}")
             raise
         words = enumerate(self.share(what, ""))
         failed = [f"rank {rank}: {word or 'no answer'}" for rank, word in words if word != ""]
@@ -84,9 +84,12 @@ class Ranks:
         if self.rank == 0:
             self.share("end", "")  # its process may hold the store, which the others read
             return fit
-        with suppress(RuntimeError):
-            self.store.set(f"end of {self.rank}", "")
+        self._say("end", "")
         return None if word is None else word == f"{True}"
+
+    def _say(self, what: str, text: str) -> None:
+        with suppress(RuntimeError):  # the store is gone
+            self.store.set(f"{what} of {self.rank}", text)
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ class Stages:
         group.agree("doctor", f"bytes={size}")
 
         def over_group() -> torch.Tensor:
-            dist.all_to_all_single(came, rows)
+            dist.all_to_all_single(came, rows, group=group.process_group)
             return came
 
         ways = {
@@ -165,8 +168,12 @@ class Stages:
         rows = torch.arange(case.tokens, device=self.device)
         try:
             with self._group() as group:
-                inputs = draw(case, self.device)
-                results = self.ranks.together(str(case), Layer(case, inputs, group).results)
+
+                def run() -> tuple[Inputs, Results]:
+                    inputs = draw(case, self.device)
+                    return inputs, Layer(case, inputs, group).results()
+
+                inputs, results = self.ranks.together(str(case), run)
                 found = compare(case, group.rank, results, inputs, rows)
         except Exception as error:
             said = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -184,7 +191,7 @@ def _choices(group: UlyssesGroup, device: str) -> list[Check]:
     """What a layer of a usual model would be given here, and why."""
     prefix = "exchange: "
     said = next(line for line in group.explain().splitlines() if line.startswith(prefix))
-    found = [Check("choices", "exchange", OK, said.removeprefix(prefix))]
+    found = [Check("choices", "exchange", OK, said.removeprefix(prefix))] if group.size > 1 else []
     case = Case(8192 * group.size, 1, 32, 8, 128, 128, "bf16", ranks=group.size)
     for name, asked in {"causal": case, "documents": replace(case, documents=8)}.items():
         local = choose(asked.problem(device))
