@@ -161,6 +161,10 @@ def test_tuned_files_are_found_and_the_stale_counted(tmp_path: Path, monkeypatch
     assert doctor_facts._tuned({H100.name}) == (Tuned(str(path), 1, 2),)
 
 
+def test_tables_are_those_of_architectures() -> None:
+    assert here().tables == ("gfx942", "sm_100", "sm_80", "sm_90")
+
+
 def test_facts_survive_the_way_to_other_ranks() -> None:
     for facts in (here(), gpus(no_access=((0, 1),), tuned=(Tuned("x", 1, 2),))):
         assert Facts.of(json.loads(facts.text())) == facts

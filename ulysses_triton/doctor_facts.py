@@ -122,8 +122,7 @@ def gather() -> Facts:
     """The facts of this process."""
     memory = _memory()
     cupy, cupy_error, cupy_nccl = _cupy()
-    smi = _smi_gpus()
-    gpus = _gpus(smi)
+    gpus = _gpus(_smi_gpus())
     return Facts(
         host=platform.node(), rank=_number("RANK", 0), local_rank=_number("LOCAL_RANK", 0),
         local_ranks=_number("LOCAL_WORLD_SIZE", 1), system=platform.platform(), python=platform.python_version(),
@@ -133,10 +132,10 @@ def gather() -> Facts:
         locked_memory=_limit(resource.RLIMIT_MEMLOCK), library=_installed("ulysses-triton") or "a checkout",
         sources=_sources(), torch=torch.__version__, cuda=torch.version.cuda, hip=torch.version.hip,
         nccl=_torchs_nccl(), backends=_backends(), triton=triton.__version__, torchs_triton=_torchs_triton(),
-        interpret=INTERPRET, tables=tuple(sorted(path.stem for path in _cache.SHIPPED.glob("*_*.json"))),
+        interpret=INTERPRET, tables=_tables(),
         tuned=_tuned({gpu.name for gpu in gpus}), tiles=_config.fingerprint("cuda") if gpus or INTERPRET else "",
         packages={name: _installed(name) for name in PACKAGES}, cupy_packages=_cupy_packages(),
-        cupy=cupy, cupy_error=cupy_error, cupy_nccl=cupy_nccl, driver_gpus=len(smi), gpus=gpus,
+        cupy=cupy, cupy_error=cupy_error, cupy_nccl=cupy_nccl, driver_gpus=_smi("-L").count("UUID: GPU-"), gpus=gpus,
         no_access=_no_access(len(gpus)), links=links(_smi("topo", "-m")), interfaces=_interfaces(),
         infiniband=tuple(_names("/sys/class/infiniband")), variables=_variables(),
     )  # fmt: skip
@@ -206,6 +205,11 @@ def _torchs_triton() -> str | None:
     asked = importlib.metadata.requires("torch") or []
     found = [match for text in asked if (match := re.match(r"triton\s*\(?==\s*([\d.]+)", text))]
     return found[0].group(1) if found else None
+
+
+def _tables() -> tuple[str, ...]:
+    stems = sorted(path.stem for path in _cache.SHIPPED.glob("*.json"))
+    return tuple(stem for stem in stems if re.fullmatch(r"sm_\d+|gfx\w+", stem))
 
 
 def _tuned(names: set[str]) -> tuple[Tuned, ...]:
