@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from .doctor_checks import FAIL, SKIPPED, TOPICS, WARNING, Check, machine
 from .doctor_facts import Facts, gather
 from .doctor_ranks import across, merged, named
-from .doctor_stages import Ranks, Stages
+from .doctor_stages import Ranks, Stages, name_of
 from .errors import OptionError
 from .group import EXCHANGES
 
@@ -148,7 +149,8 @@ def examine(ranks: Ranks, exchange: str = "auto", *, debug: bool = False) -> Rep
     stages = Stages(ranks, torch.device("cuda", gathered[0].local_rank) if on_gpu else torch.device("cpu"), exchange)
     run.stage("ranks", "process group", stages.join)
     run.stage("ranks", "exchange", stages.exchanges)
-    run.stage("self-test", "layers", stages.self_test)
+    for case in stages.cases():
+        run.stage("self-test", name_of(case), partial(stages.layer, case))
     if dist.is_initialized() and not run.broken:
         dist.destroy_process_group()
     return Report(tuple(merged(run.found)), facts)

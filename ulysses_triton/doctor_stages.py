@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -45,6 +45,7 @@ class Ranks:
     rank: int
     size: int
     timeout: timedelta
+    gone: set[int] = field(default_factory=set)  # ranks that gave no answer once, and are asked no more
 
     @staticmethod
     def meet(timeout: timedelta) -> Ranks:
@@ -56,14 +57,18 @@ class Ranks:
 
     def share(self, what: str, text: str) -> list[str | None]:
         """Every rank's `text` on `what`, in rank order; None of those that gave none by the deadline."""
-        keys = [f"{what} of {rank}" for rank in range(self.size)]
         self._say(what, text)
-        try:
+        keys = {rank: f"{what} of {rank}" for rank in range(self.size) if rank not in self.gone}
+        found: list[str | None] = [None] * self.size
+        found[self.rank] = text
+        with suppress(RuntimeError):  # the store is gone, and with it whoever held it
             with suppress(RuntimeError):  # at the deadline: who is there is asked next
-                self.store.wait(keys, self.timeout)
-            return [self.store.get(key).decode() if self.store.check([key]) else None for key in keys]
-        except RuntimeError:  # the store is gone, and with it whoever held it
-            return [text if rank == self.rank else None for rank in range(self.size)]
+                self.store.wait(list(keys.values()), self.timeout)
+            for rank, key in keys.items():
+                if self.store.check([key]):
+                    found[rank] = self.store.get(key).decode()
+        self.gone.update(rank for rank in range(self.size) if found[rank] is None)
+        return found
 
     def together(self, what: str, work: Callable[[], _Result]) -> _Result:
         """What `work` returns. Raises ExchangeError where it failed on another rank."""
@@ -122,8 +127,32 @@ class Stages:
                 found += [check for size in _SIZES[self.device.type] for check in self._measured(group, size)]
         return found
 
-    def self_test(self) -> list[Check]:
-        return [self._tested(case) for case in _cases(self.device.type, self.ranks.size)]
+    def cases(self) -> list[Case]:
+        """What `layer` is to be tried with."""
+        return _cases(self.device.type, self.ranks.size)
+
+    def layer(self, case: Case) -> list[Check]:
+        """A layer on all ranks against fp64."""
+        rows = torch.arange(case.tokens, device=self.device)
+        try:
+            with self._group() as group:
+
+                def run() -> tuple[Inputs, Results]:
+                    inputs = draw(case, self.device)
+                    return inputs, Layer(case, inputs, group).results()
+
+                inputs, results = self.ranks.together(str(case), run)
+                found = compare(case, group.rank, results, inputs, rows)
+        except Exception as error:
+            said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            return [Check("self-test", name_of(case), FAIL, said, "see the message; --debug prints all of it")]
+        numbers = {row.name: row.error for row in found}
+        worst = max(found, key=lambda row: row.error / row.allowed)
+        said = f"{', '.join(row.name for row in found)}: {worst.name} is off most, by {worst.error:.1e}"
+        said = f"{said}; {worst.allowed:.1e} is allowed"
+        if all(row.ok for row in found):
+            return [Check("self-test", name_of(case), OK, said, numbers=numbers)]
+        return [Check("self-test", name_of(case), FAIL, f"WRONG: {said}", _WRONG, numbers=numbers)]
 
     def _group(self) -> UlyssesGroup:
         return UlyssesGroup(exchange=self.exchange, timeout=self.ranks.timeout)
@@ -162,29 +191,6 @@ class Stages:
                 remedy = "do not train here: find out by NCCL_DEBUG=INFO or another exchange where rows are lost"
                 found.append(Check("ranks", name, FAIL, f"WRONG rows arrive; {said}", remedy, numbers=numbers))
         return found
-
-    def _tested(self, case: Case) -> Check:
-        """A layer on all ranks against fp64."""
-        rows = torch.arange(case.tokens, device=self.device)
-        try:
-            with self._group() as group:
-
-                def run() -> tuple[Inputs, Results]:
-                    inputs = draw(case, self.device)
-                    return inputs, Layer(case, inputs, group).results()
-
-                inputs, results = self.ranks.together(str(case), run)
-                found = compare(case, group.rank, results, inputs, rows)
-        except Exception as error:
-            said = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            return Check("self-test", _named(case), FAIL, said, "see the message; --debug prints all of it")
-        numbers = {row.name: row.error for row in found}
-        worst = max(found, key=lambda row: row.error / row.allowed)
-        said = f"{', '.join(row.name for row in found)}: {worst.name} is off most, by {worst.error:.1e}"
-        said = f"{said}; {worst.allowed:.1e} is allowed"
-        if all(row.ok for row in found):
-            return Check("self-test", _named(case), OK, said, numbers=numbers)
-        return Check("self-test", _named(case), FAIL, f"WRONG: {said}", _WRONG, numbers=numbers)
 
 
 def _choices(group: UlyssesGroup, device: str) -> list[Check]:
@@ -236,7 +242,8 @@ def _cases(device: str, ranks: int) -> list[Case]:
     return [*every, replace(plain, tokens=2051, head_dim=128, value_dim=128), packed, fused]
 
 
-def _named(case: Case) -> str:
+def name_of(case: Case) -> str:
+    """A layer in a few words."""
     marks = [*case.options, *["QK-norm"] * case.qk_norm, *["RoPE"] * case.rope, *["uneven shards"] * case.uneven]
     shape = f"{case.dtype}, {case.heads}/{case.kv_heads} heads of {case.head_dim}"
     return ", ".join([shape, *marks])
