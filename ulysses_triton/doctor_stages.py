@@ -145,7 +145,8 @@ class Stages:
                 found = compare(case, group.rank, results, inputs, rows)
         except Exception as error:
             said = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            return [Check("self-test", name_of(case), FAIL, said, "see the message; --debug prints all of it")]
+            remedy = "see the message; `ulysses-triton verify --debug` with these options prints all of it"
+            return [Check("self-test", name_of(case), FAIL, said, remedy)]
         numbers = {row.name: row.error for row in found}
         worst = max(found, key=lambda row: row.error / row.allowed)
         said = f"{', '.join(row.name for row in found)}: {worst.name} is off most, by {worst.error:.1e}"
