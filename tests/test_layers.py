@@ -92,6 +92,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "__main__",
         "api",
         "balance",
+        "cache",
         "callables",
         "case",
         "chunk_tuner",
