@@ -93,6 +93,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "api",
         "balance",
         "cache",
+        "cache_layer",
         "callables",
         "case",
         "chunk_tuner",
