@@ -451,6 +451,7 @@ WRONG = {
     "batch": (ShapeError, "a batch of 2, this call has 1", {n: torch.ones(1, 3, 2, 8) for n in "qkv"}),
     "heads": (ShapeError, "query and kv heads", {"q": torch.ones(2, 3, 2, 8)}),
     "head dim": (ShapeError, "head dim of v 8, this call has 9", {"v": torch.ones(2, 3, 2, 9)}),
+    "no dims": (ShapeError, "q has shape", {"q": torch.tensor(1.0)}),
     "no tensor": (TypeError, "k is a list", {"k": [1]}),
     "dtype": (TypeError, "dtype", {n: torch.ones(2, 3, h, 8).double() for n, h in (("q", 4), ("k", 2), ("v", 2))}),
     "window": (OptionError, "window", {"window": 5}),
