@@ -135,7 +135,8 @@ class Part(NamedTuple):
     Both ends lie on a multiple of `CUT` or at the end of the sequence. k and v hold the first `len(k)` of `kv_seq`
     keys, and no query here attends one behind them. Rows, results, LSE and delta are those of the part, counted from 0;
     masks, their tables and lists, ALiBi and dropout are those of the whole sequence. So are the tiles: every query gets
-    the same bits as in one call.
+    the same bits as in one call. Forward alone, without lists, takes last queries that begin anywhere; their tiles
+    begin there, too.
     """
 
     start: int
@@ -174,7 +175,8 @@ class Options(NamedTuple):
         if self.part is None:
             return range(rows)
         first, stop = self.part.start, self.part.start + rows
-        assert first % CUT == 0 and (stop % CUT == 0 or stop == self.part.seq), f"a part of queries {first}..{stop}"
+        at_cuts = first % CUT == stop % CUT == 0
+        assert at_cuts or stop == self.part.seq, f"a part of queries {first}..{stop}"
         return range(first, stop)
 
     def lengths(self, rows: int, keys: int) -> tuple[int, int]:

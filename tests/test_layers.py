@@ -92,6 +92,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "__main__",
         "api",
         "balance",
+        "cache",
+        "cache_layer",
         "callables",
         "case",
         "chunk_tuner",

@@ -2,6 +2,7 @@
 
 from . import masks
 from .api import ulysses_attention, ulysses_qkv_attention
+from .cache import UlyssesKVCache
 from .errors import (
     DeviceError,
     DtypeError,
@@ -29,6 +30,7 @@ __all__ = [
     "ShapeError",
     "UlyssesError",
     "UlyssesGroup",
+    "UlyssesKVCache",
     "count_tokens",
     "from_striped",
     "from_zigzag",

@@ -107,7 +107,7 @@ def ulysses_attention(
     """
     own = resolve(group)
     with told_to_peers(own):
-        _check_tensors(own, q=q, k=k, v=v)
+        check_tensors(own, q=q, k=k, v=v)
     return _attend(
         own, (q, k, v), causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks, slopes=alibi_slopes,
         packing=(segment_ids, cu_seqlens, cu_seqlens_k), mask=mask, dropout=(dropout_p, dropout_seed), lens=lens,
@@ -180,11 +180,11 @@ def ulysses_qkv_attention(
     """
     own = resolve(group)
     with told_to_peers(own):
-        _check_tensors(own, qkv=qkv)
+        check_tensors(own, qkv=qkv)
         cos, sin = (None, None) if rope is None else rope
         around = Projection(None, weight, bias, out_weight, out_bias)
         optional = {"rope cos": cos, "rope sin": sin, "q_norm": q_norm, "k_norm": k_norm, **around._asdict()}
-        _check_tensors(own, **{name: tensor for name, tensor in optional.items() if tensor is not None})
+        check_tensors(own, **{name: tensor for name, tensor in optional.items() if tensor is not None})
     return _attend(
         own, (qkv, None, None), (cos, sin, q_norm, k_norm), around, heads=heads, kv_heads=kv_heads,
         rope_interleaved=rope_interleaved, rope_dim=rope_dim or 0, norm_eps=norm_eps, causal=causal, scale=scale,
@@ -194,7 +194,7 @@ def ulysses_qkv_attention(
     )  # fmt: skip
 
 
-def _check_tensors(group: UlyssesGroup, **tensors: object) -> None:
+def check_tensors(group: UlyssesGroup, **tensors: object) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise DtypeError(f"{name} is a {type(tensor).__name__}; it must be a tensor")
@@ -244,15 +244,11 @@ def _attend(
             raise OptionError("a callable attention goes with neither return_lse nor recompute: they are the kernels'")
         if callable(attention) and (mask is not None or p):
             raise OptionError("a callable attention goes with neither mask nor dropout_p: let the callable do it")
-        if window is not None and not _two_ints(window):
-            raise OptionError(f"window = {window!r}; it must be two ints, (left, right) in tokens, or None")
-        for name, number in (("softcap", softcap), ("dropout_p", p)):
-            if number is not None and not _is_number(number):
-                raise OptionError(f"{name} is a {type(number).__name__}; it must be a number")
+        check_numbers(window, softcap=softcap, dropout_p=p)
         if seed is not None and not _is_int(seed):
             raise OptionError(f"dropout_seed is a {type(seed).__name__}; it must be an int or None")
         per_head = {"sinks": sinks, "alibi_slopes": slopes}
-        _check_tensors(group, **{name: tensor for name, tensor in per_head.items() if tensor is not None})
+        check_tensors(group, **{name: tensor for name, tensor in per_head.items() if tensor is not None})
         parts = heads + 2 * kv_heads if qkv[1] is None else 1
         if any(t is not None and t.dim() < 3 for t in qkv) or parts < 1:
             raise ShapeError(f"q has shape {list(qkv[0].shape)}, with heads = {heads} and kv_heads = {kv_heads}")
@@ -349,6 +345,15 @@ def _constant(x: Any) -> Any:
     from torch.fx.experimental.symbolic_shapes import guard_scalar  # slow to import
 
     return guard_scalar(x)
+
+
+def check_numbers(window: object, **numbers: object) -> None:
+    """Raise OptionError where `window` is not two ints, or where another one is not a number."""
+    if window is not None and not _two_ints(window):
+        raise OptionError(f"window = {window!r}; it must be two ints, (left, right) in tokens, or None")
+    for name, number in numbers.items():
+        if number is not None and not _is_number(number):
+            raise OptionError(f"{name} is a {type(number).__name__}; it must be a number")
 
 
 def _is_int(x: object) -> bool:

@@ -15,9 +15,10 @@ KEPT = 16  # layers of one model differ in their masks, micro-batches in their d
 
 
 class Memo:
-    """The latest KEPT results of `get`. It holds no tensor that it was given alive."""
+    """The latest `kept` results of `get`. It holds no tensor that it was given alive."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: int = KEPT) -> None:
+        self._kept = kept
         self._made: OrderedDict[Hashable, tuple[list[weakref.ref[Tensor]], Any]] = OrderedDict()
 
     def get(self, tensors: Sequence[Tensor], key: Hashable, make: Callable[[], _Made]) -> _Made:
@@ -33,7 +34,7 @@ class Memo:
         if known is None or any(ref() is not t for ref, t in zip(known[0], tensors, strict=True)):
             known = [weakref.ref(t) for t in tensors], make()
         self._made[found_at] = known
-        if len(self._made) > KEPT:
+        if len(self._made) > self._kept:
             self._made.popitem(last=False)
         made: _Made = known[1]
         return made
