@@ -169,7 +169,8 @@ def _unpack_run(
             n = b_x * r  # [B, T, H, D]
             gn = g * n  # [B, T, H, D]
             w = weight.to(dtype)
-            shares[run] += gn.sum((0, 1))
+            for share, of_head in zip(shares[run], gn.flatten(0, 1).unbind(1), strict=True):
+                share += of_head.contiguous().sum(0)  # in an order that knows of no other head
             mean = (gn * w).sum(-1, keepdim=True) / len(w)  # [B, T, H, 1]
             g.mul_(w).addcmul_(n, mean, value=-1).mul_(r)
         b_dx.copy_(g)
