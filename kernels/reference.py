@@ -143,7 +143,8 @@ def _of_heads(parts: Sequence[Part], run: slice) -> list[Part]:
     for head, token, view in parts:
         first, stop = max(head, run.start), min(head + view.shape[2], run.stop)
         if first < stop:
-            found.append((first - run.start, token, view[:, :, first - head : stop - head]))
+            is_whole = stop - first == view.shape[2]
+            found.append((first - run.start, token, view if is_whole else view[:, :, first - head : stop - head]))
     return found
 
 
