@@ -58,7 +58,9 @@ def bounds(chunks: int, kv_heads: int, attention: str, one_sided: bool) -> tuple
     sums = split * 2 * kv
     if chunks == 1:
         forward, backward = (
-            (q + kv, 2 * (q + kv) + do) if one_sided else (2 * (q + kv), 2 * (q + kv) + do + max(q + kv, do))
+            (q + kv, 2 * (q + kv) + do)
+            if one_sided
+            else (q + kv + max(q + kv, 2 * q), 2 * (q + kv) + do + max(q + kv, do))
         )
     elif one_sided:
         forward, backward = 2 * (q + kv), 4 * (q + kv) + 2 * do
