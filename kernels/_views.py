@@ -11,9 +11,11 @@ Example: P = 2, B = 1, heads q0..q3, k0, k1, v0, v1 with D = Dv = 64. Rank 1 own
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
+
+HeadNumbers: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]  # some query heads and some kv heads of the model
 
 CUT = 256  # queries: parts begin and end at multiples, which every tile divides
 

@@ -19,10 +19,11 @@ from torch.nn.functional import pad
 
 from . import signals
 from ._reference_attend import attend_backward, attend_forward, math_dtype
-from ._views import ORows, QKVRows, Transform
+from ._views import HeadNumbers, ORows, QKVRows, Transform
 
 __all__ = [
-    "attend_backward", "attend_forward", "pack", "pack_grad", "poison", "signal", "unpack", "unpack_grad", "wait",
+    "attend_backward", "attend_forward", "pack", "pack_grad", "poison", "signal", "unpack", "unpack_grad",
+    "unpack_grad_heads", "wait",
 ]  # fmt: skip
 
 Part = tuple[int, int, Tensor]  # first head, first token, view [tokens, B, heads, ...]
@@ -75,11 +76,21 @@ def unpack_grad(
     rows: Sequence[QKVRows], q: Tensor | None, k: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor,
     transform: Transform | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Write the gradients of what `pack` was given, from those of what it wrote; return the norm weights' gradients."""
+    """As `unpack_grad_heads`, of all heads; return the gradients of the norms' weights."""
+    dq_norm, dk_norm = unpack_grad_heads(rows, q, k, dq, dk, dv, transform)
+    return None if dq_norm is None else dq_norm.sum(0), None if dk_norm is None else dk_norm.sum(0)
+
+
+def unpack_grad_heads(
+    rows: Sequence[QKVRows], q: Tensor | None, k: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor,
+    transform: Transform | None = None, heads: HeadNumbers | None = None,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Write the gradients of what `pack` was given, of all heads or `heads`; return each head's share of the norms'."""
     tf = transform or Transform()
-    dq_norm = _unpack_heads([(r.q_head, r.q_token, r.q) for r in rows], q, dq, tf, tf.q_norm)
-    dk_norm = _unpack_heads([(r.kv_head, r.kv_token, r.k) for r in rows], k, dk, tf, tf.k_norm)
-    _unpack_heads([(r.kv_head, r.kv_token, r.v) for r in rows], None, dv, Transform(), None)
+    q_heads, kv_heads = heads or (tuple(range(dq.shape[2])), tuple(range(dk.shape[2])))
+    dq_norm = _unpack_heads([(r.q_head, r.q_token, r.q) for r in rows], q_heads, q, dq, tf, tf.q_norm)
+    dk_norm = _unpack_heads([(r.kv_head, r.kv_token, r.k) for r in rows], kv_heads, k, dk, tf, tf.k_norm)
+    _unpack_heads([(r.kv_head, r.kv_token, r.v) for r in rows], kv_heads, None, dv, Transform(), None)
     return dq_norm, dk_norm
 
 
@@ -108,32 +119,62 @@ def _pack_heads(x: Tensor, to: Sequence[Part], tf: Transform, weight: Tensor | N
 
 
 def _unpack_heads(
-    rows: Sequence[Part], x: Tensor | None, dx: Tensor, tf: Transform, weight: Tensor | None
+    rows: Sequence[Part], heads: Sequence[int], x: Tensor | None, dx: Tensor, tf: Transform, weight: Tensor | None
 ) -> Tensor | None:
-    """The gradients in parts into `dx` [B, L, H, D]; returns the gradient of the norm's weight."""
+    """The gradients of `heads` in parts into `dx` [B, L, H, D]; returns the shares of the norm's weight, [H, D]."""
+    dw = None if weight is None else dx.new_zeros(dx.shape[2:], dtype=math_dtype(dx))
+    blocks = list(_token_blocks(dx))  # sums in blocks are the same bits, however many heads go at once
+    for run in _neighbours(heads):
+        parts = _of_heads(rows, run)
+        _unpack_run(parts, blocks, None if x is None else x[:, :, run], dx[:, :, run], tf, weight, dw, run)
+    return dw
+
+
+def _neighbours(heads: Sequence[int]) -> Iterator[slice]:
+    """Runs of neighbours in ascending `heads`."""
+    for _, run in groupby(enumerate(heads), lambda item: item[1] - item[0]):
+        found = [head for _, head in run]
+        yield slice(found[0], found[-1] + 1)
+
+
+def _of_heads(parts: Sequence[Part], run: slice) -> list[Part]:
+    """What of the parts belongs to a run of heads, which counts from 0 there."""
+    found = []
+    for head, token, view in parts:
+        first, stop = max(head, run.start), min(head + view.shape[2], run.stop)
+        if first < stop:
+            is_whole = stop - first == view.shape[2]
+            found.append((first - run.start, token, view if is_whole else view[:, :, first - head : stop - head]))
+    return found
+
+
+def _unpack_run(
+    rows: Sequence[Part], blocks: Sequence[slice], x: Tensor | None, dx: Tensor, tf: Transform, weight: Tensor | None,
+    shares: Tensor | None, run: slice,
+) -> None:  # fmt: skip
+    """`_unpack_heads` of a run of heads, which is all that `rows`, x and dx hold; in the blocks of tokens given."""
     dtype = math_dtype(dx)
     if tf.cos is None and weight is None and (dx.dtype == dtype or not _are_shared(rows, dx.shape[1])):
         _sum_heads(rows, dx)
-        return None
-    dw = None if weight is None else dx.new_zeros(dx.shape[-1], dtype=dtype)
-    for block in _token_blocks(dx):
+        return
+    for block in blocks:
         b_dx = dx[:, block]
         g = torch.empty_like(b_dx, dtype=dtype, memory_format=torch.contiguous_format)  # [B, T, H, D]
         _sum_heads(_within(rows, block), g)
         if tf.cos is not None:
             g = _rotate(g, *_rotation(tf, block, g.shape[-1], dtype, vjp=True), tf)
         if weight is not None:
-            assert x is not None and dw is not None, "the norm's VJP needs the raw input"
+            assert x is not None and shares is not None, "the norm's VJP needs the raw input"
             b_x = x[:, block].to(dtype)
             r = _rms_scale(b_x, tf.eps)  # [B, T, H, 1]
             n = b_x * r  # [B, T, H, D]
             gn = g * n  # [B, T, H, D]
             w = weight.to(dtype)
-            dw += gn.sum((0, 1, 2))
-            mean = (gn @ w).unsqueeze(-1) / len(w)  # [B, T, H, 1]
+            for share, of_head in zip(shares[run], gn.flatten(0, 1).unbind(1), strict=True):
+                share += of_head.contiguous().sum(0)  # in an order that knows of no other head
+            mean = (gn * w).sum(-1, keepdim=True) / len(w)  # [B, T, H, 1]
             g.mul_(w).addcmul_(n, mean, value=-1).mul_(r)
         b_dx.copy_(g)
-    return dw
 
 
 def _sum_heads(rows: Sequence[Part], out: Tensor) -> None:

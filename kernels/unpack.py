@@ -27,7 +27,7 @@ from . import _config
 from ._rope_norm import half_partner, norm_vjp, rms_scale, rope_half, rope_interleaved
 from ._rows import unit
 from ._table import common_unit, elements, head_in_table, head_of, heads, holds, kept, table, tile_mask
-from ._views import ORows, QKVRows, Transform
+from ._views import HeadNumbers, ORows, QKVRows, Transform
 from .pack import QKVPlace, named_strides, o_places, o_units, qkv_places, rope_arguments, rope_flags
 
 _UNPACK_INTS = "n_units stride_ob stride_ot stride_oh stride_lb stride_lt stride_lh".split()
@@ -202,23 +202,35 @@ def unpack_grad(
     rows: Sequence[QKVRows], q: Tensor | None, k: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor,
     transform: Transform | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Write the gradients of what `pack` was given, from those of what it wrote; return the norm weights' gradients.
+    """As `unpack_grad_heads`, of all heads; returns the gradients of the norms' weights, each [D] fp32 or None."""
+    dq_norm, dk_norm = unpack_grad_heads(rows, q, k, dq, dk, dv, transform)
+    return None if dq_norm is None else dq_norm.sum(0), None if dk_norm is None else dk_norm.sum(0)
+
+
+def unpack_grad_heads(
+    rows: Sequence[QKVRows], q: Tensor | None, k: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor,
+    transform: Transform | None = None, heads: HeadNumbers | None = None,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Write the gradients of what `pack` was given, from those of what it wrote; return shares of the norm weights'.
 
     `rows` hold each rank's gradients, k and v perhaps in fp32 where they are partial sums. q and k are the inputs of
     `pack`, read only where there is a norm. dq [B, L, Hq, D], dk [B, Lk, Hkv, D] and dv [B, Lk, Hkv, Dv] have any
-    strides with a dense last dimension and are written whole. Returns (dq_norm, dk_norm), each [D] fp32 or None.
+    strides with a dense last dimension; all of them is written, or with `heads` these, from rows that may hold others,
+    too. Returns each head's share of (dq_norm, dk_norm), [Hq, D] and [Hkv, D] fp32 or None; zero for other heads.
     """
     (B, L, Hq, D), (_, Lk, Hkv, Dv) = dq.shape, dv.shape
     tf = transform or Transform()
     raw_q, raw_k = q if tf.q_norm is not None else None, k if tf.k_norm is not None else None
     u = unit(dq, dk, dv, *(x for x in (raw_q, raw_k) if x is not None))
-    units, sources, u = _grad_units(qkv_places(rows), (Hq, Hkv, Hkv), (L, Lk, Lk), B, dq.dtype, u, dq.device)
-    n_units = Hq + 2 * Hkv
+    wanted = heads or (tuple(range(Hq)), tuple(range(Hkv)))
+    units, sources, u = _grad_units(qkv_places(rows), wanted, (L, Lk, Lk), B, dq.dtype, u, dq.device)
+    n_units = len(wanted[0]) + 2 * len(wanted[1])
     cos, sin, rope_unit, stride_r = rope_arguments(tf)
     tiles = _config.tiles("unpack_grad", dq, (D, Dv), _config.SHARD)
     n_blocks = triton.cdiv(max(L, Lk), tiles["BLOCK_T"])
-    dq_norm = None if tf.q_norm is None else dq.new_empty(Hq, B, n_blocks, D, dtype=torch.float32)
-    dk_norm = None if tf.k_norm is None else dq.new_empty(Hkv, B, n_blocks, D, dtype=torch.float32)
+    new = dq.new_empty if heads is None else dq.new_zeros
+    dq_norm = None if tf.q_norm is None else new(Hq, B, n_blocks, D, dtype=torch.float32)
+    dk_norm = None if tf.k_norm is None else new(Hkv, B, n_blocks, D, dtype=torch.float32)
     _config.launch(
         _unpack_grad_kernel,
         (n_units * n_blocks, B),
@@ -233,28 +245,30 @@ def unpack_grad(
         BLOCK_D=triton.next_power_of_2(D), BLOCK_DV=triton.next_power_of_2(Dv), **tiles,
     )  # fmt: skip
     return (
-        None if dq_norm is None else dq_norm.sum(dim=(0, 1, 2)),
-        None if dk_norm is None else dk_norm.sum(dim=(0, 1, 2)),
+        None if dq_norm is None else dq_norm.sum(dim=(1, 2)),
+        None if dk_norm is None else dk_norm.sum(dim=(1, 2)),
     )
 
 
 @kept
 def _grad_units(
-    views: tuple[QKVPlace, ...], n_heads: tuple[int, int, int], tokens: tuple[int, int, int], batch: int,
+    views: tuple[QKVPlace, ...], wanted: HeadNumbers, tokens: tuple[int, int, int], batch: int,
     dtype: torch.dtype, unit: int, device: torch.device,
 ) -> tuple[Tensor, Tensor, int]:  # fmt: skip
-    """The units of `unpack_grad`, their sources (a head's in the order of `views`), and the unit of strides."""
+    """The units of `unpack_grad_heads`, their sources (a head's in the order of `views`), and the unit of strides."""
     unit = common_unit((where for *_, where in views), unit)
-    found: list[list[list[tuple[int, ...]]]] = [[[] for _ in range(n)] for n in n_heads]  # kind, head, source
+    found: list[dict[int, list[tuple[int, ...]]]]  # kind, head, source
+    found = [{head: [] for head in of_kind} for of_kind in (wanted[0], wanted[1], wanted[1])]
     for kind, first, token, where in views:
         assert holds(where, token, tokens[kind], batch), "rows of other tokens"
         assert where[3] == dtype or (kind > 0 and where[3] == torch.float32), f"gradients in {where[3]} for {dtype}"
-        for i, head in enumerate(heads(where, unit)):
-            found[kind][first + i].append((*head, int(where[3] != dtype), token, where[1][0]))
+        for number, head in enumerate(heads(where, unit), first):
+            if number in found[kind]:
+                found[kind][number].append((*head, int(where[3] != dtype), token, where[1][0]))
     units: list[tuple[int, ...]] = []
     sources: list[tuple[int, ...]] = []
     for kind, of_kind in enumerate(found):
-        for i, of_head in enumerate(of_kind):
-            units.append((kind, i, len(sources), len(of_head)))
+        for number, of_head in of_kind.items():
+            units.append((kind, number, len(sources), len(of_head)))
             sources += of_head
     return table(units, device), table(sources, device), unit

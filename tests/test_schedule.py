@@ -2,6 +2,7 @@
 
 The model knows what a step reads and writes, from the placement alone, and nothing of the order. On each rank steps of
 the compute stream run one after the other and exchanges run beside them, started and awaited as the executor does it.
+Received rows are there from the step that opens their exchange until the placement says that nothing reads them again.
 """
 
 from __future__ import annotations
@@ -47,6 +48,9 @@ class Rank:
     started: list[Which] = field(default_factory=list)
     finished: set[Which] = field(default_factory=set)
     read: set[tuple[str, int]] = field(default_factory=set)  # the rows that attention read
+    live: set[Which] = field(default_factory=set)  # exchanges whose received rows are there
+    gone: set[Which] = field(default_factory=set)  # and those whose are not any more
+    most: dict[str, int] = field(default_factory=dict)  # of each kind of exchange, the most that were there at once
 
     @property
     def over(self) -> bool:
@@ -104,7 +108,7 @@ class World:
                 assert all(before), "sums of earlier chunks"
         if name in ("unpack", "unpack_grad"):
             source = {"unpack": "exchange_out", "unpack_grad": "exchange_grad_out"}[name]
-            needed += [(source, b) for b in chunks]
+            needed += [(source, b) for b in (chunks if not rank.problem.recompute else self.unpacked(rank, step))]
         self.project(rank, step)
         if name == "unpack" and rank.problem.projects_out:
             needed = [("exchange_out", c)]
@@ -112,11 +116,40 @@ class World:
             needed = [("exchange_out", c)]
         for which in needed:
             assert which in rank.finished, f"{step.which} reads what {which} may not have brought"
+            assert which not in rank.gone, f"{step.which} reads what {which} brought, which was let go"
         if name in WRITES and not (rank.one_sided and name == "attend"):
             assert (WRITES[name], c) not in rank.started, f"{step.which} writes to what is travelling"
         assert step.which not in rank.done, "written twice"
         if name.startswith("attend"):
             rank.read.add((name, c))
+        self.hold(rank, step)
+
+    def hold(self, rank: Rank, step: Step) -> None:
+        """The rows that are received from a step on, and those that are let go behind it, as the executor does it."""
+        (name, c), p = step.which, rank.problem
+        if name in WRITES and not (rank.one_sided and name == "attend"):
+            rank.live.add((WRITES[name], c))
+        for kind in {kind for kind, _ in rank.live}:
+            rank.most[kind] = max(rank.most.get(kind, 0), sum(kind == other for other, _ in rank.live))
+        done: list[Which] = []
+        if name.startswith("attend"):
+            done = [("exchange_in", b) for b in rank.placement.last_reads(rank.number, c)]
+            done += [("exchange_grad_in", c)] * (name == "attend_backward")
+        every = range(len(rank.placement.chunks))
+        if name == "unpack":
+            done = [("exchange_out", b) for b in ([c] if p.recompute or p.projects_out else every)]
+        if name == "unpack_grad":
+            done = [("exchange_grad_out", b) for b in (rank.placement.returns[c].done if p.recompute else every)]
+        rank.live -= set(done)
+        rank.gone |= set(done)
+
+    def unpacked(self, rank: Rank, step: Step) -> list[int]:
+        """The chunks that a step which unpacks by chunk reads: for gradients, all that have any of its heads."""
+        if step.name == "unpack":
+            return [step.chunk]
+        q, kv = rank.placement.returns[step.chunk].heads
+        chunks = rank.placement.chunks
+        return [b for b, c in enumerate(chunks) if set(q) & set(c.returned.q) or set(kv) & set(c.returned.kv)]
 
     def project(self, rank: Rank, step: Step) -> None:
         """What a step needs to have been projected, or what a projection needs."""
@@ -127,14 +160,14 @@ class World:
             sources.append((("project", c), ("project_raw", 0)))
         if name == "unpack_grad" and p.projects and p.needs_raw:
             sources.append((("project_raw", 0),))
+        if name == "project_grad":
+            sources += [(s.which,) for s in rank.steps if s.name == "unpack_grad"]
         if name == "project_out" and not rank.one_sided:
             sources.append((("unpack", c),))
         if name == "project_out" and c > 0:
             sources.append((("project_out", 0),))
         if name == "pack_grad" and p.projects_out:
             sources.append((("project_out_grad", c),))
-        if name == "project_grad":
-            sources.append((("unpack_grad", 0),))
         if name.startswith("project"):
             assert p.projects_out if "out" in name else p.projects
             assert backward or step.which in [(n, b) for n in ("project", "project_out") for b in every]
@@ -172,6 +205,38 @@ def test_ranks_with_any_delays_come_to_the_end_and_read_only_what_is_there(drawn
         assert all(world.arrived(which) for which in rank.started)
         outputs = {c for name, c in rank.done if name == "project_out"}
         assert outputs == {s.chunk for s in steps if s.name == "attend" and p.projects_out}
+        assert not rank.live
+        if p.recompute:
+            hold_few(rank)
+
+
+def hold_few(rank: Rank) -> None:
+    """Exchanged again, the rows of two chunks of each kind are there at most: one that is worked on, one on its way.
+
+    So are the rows that a kv head of several chunks came in, and the gradients of heads that ranks share.
+    """
+    p, chunks = rank.problem, rank.placement.chunks
+    holders = {piece.holder for chunk in chunks for piece in chunk.pieces[rank.number] if piece.holder < chunk.number}
+    assert rank.most.get("exchange_in", 0) <= 2 + len(holders)
+    assert rank.most.get("exchange_grad_in", 0) <= 2
+    assert rank.most.get("exchange_out", 0) <= 2
+    apart = not rank.placement.shared and p.heads % p.ranks == 0
+    assert rank.most.get("exchange_grad_out", 0) <= (2 if apart else len(chunks))
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 12), st.integers(1, 6), st.integers(1, 12))
+def test_every_gradient_is_unpacked_once_and_every_chunk_let_go_once(ranks, group, kv_heads, asked, extra):
+    p = problem(ranks, group * kv_heads, kv_heads, 1, 64 * extra, recompute=True)
+    placement = place(replace(p, chunks=chunk_count(p, asked)))
+    q, kv = (sorted(h for r in placement.returns for h in r.heads[kind]) for kind in (0, 1))
+    assert (q, kv) == (list(range(p.heads)), list(range(p.kv_heads)))
+    assert sorted(b for r in placement.returns for b in r.done) == list(range(len(placement.chunks)))
+    for rank in range(ranks):
+        last = [placement.last_reads(rank, c) for c in range(len(placement.chunks))]
+        assert sorted(b for some in last for b in some) == list(range(len(placement.chunks)))
+        for c, chunk in enumerate(placement.chunks):
+            before = {b for some in last[:c] for b in some}
+            assert not before & {c, *(piece.holder for piece in chunk.pieces[rank])}
 
 
 @given(schedules())

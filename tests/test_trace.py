@@ -40,7 +40,7 @@ def on_a_process(
 
 def steps_of(case: Case, one_sided: bool, chunks: int) -> list[tuple[str, schedule.Step]]:
     both = {
-        "attention": schedule.forward(one_sided, chunks),
+        "attention": schedule.forward(one_sided, chunks, recompute=case.recompute is not None),
         "attention backward": schedule.backward(case.recompute is not None, chunks),
     }
     return [(what, step) for what, steps in both.items() for step in steps]
@@ -120,7 +120,7 @@ def test_all_steps_of_a_layer_that_projects(pool, chunks, recompute):
     plain = sent_by_step(on_virtual_ranks(case))
     for timeline, one_sided in ((virtual, True), (processes, False)):
         steps = {
-            "attention": schedule.forward(one_sided, chunks, True, True),
+            "attention": schedule.forward(one_sided, chunks, True, True, recompute is not None),
             "attention backward": schedule.backward(recompute is not None, chunks, True, True, True),
         }
         check_planned(timeline, [(what, step) for what, each in steps.items() for step in each])

@@ -228,7 +228,7 @@ class _Costs:
             rows = sum(sum(m.send) for m in self._messages(_WRITES[step.name], step.chunk, rank))
             passes = 3 if step.name == "pack_grad" and self.problem.sends_delta else 2
         else:
-            of_one = step.name == "unpack" and self.problem.projects_out
+            of_one = self.problem.recompute or (step.name == "unpack" and self.problem.projects_out)
             chunks = [step.chunk] if of_one else range(len(self.chunks))
             rows = sum(sum(m.receive) for c in chunks for m in self._messages(_READS[step.name], c, rank))
             passes = 2

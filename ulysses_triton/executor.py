@@ -93,7 +93,7 @@ def backward(
     asked = (inputs.sinks, inputs.slopes if slopes else None)
     run.head_grads = HeadGrads(*(x if x is None else x.new_zeros(x.shape, dtype=run.stat_dtype) for x in asked))
     run.all(schedule.of_backward(problem))
-    return SmallGrads(*run.norm_grads, *run.head_grads)
+    return SmallGrads(*run.norm_grads(), *run.head_grads)
 
 
 def exchange_in(problem: Problem, group: UlyssesGroup, inputs: Inputs) -> list[Tensor]:
@@ -115,7 +115,7 @@ def exchange_in_backward(
     run.grads = grads
     run.send_rows(sections, rows[: len(sections)])
     run.all(schedule.IN_BACKWARD)
-    return run.norm_grads
+    return run.norm_grads()
 
 
 def exchange_out(problem: Problem, group: UlyssesGroup, inputs: Inputs, o: Tensor) -> Tensor:
@@ -139,13 +139,12 @@ def exchange_out_backward(problem: Problem, group: UlyssesGroup, inputs: Inputs,
 class _Run:
     """One pass over a schedule: what the steps hand to each other. Steps of a chunk get its number."""
 
-    out: Tensor | None
+    out: Tensor | None = None
     user_lse: Tensor
     saved: Tensor
     grads: Inputs
     dout: Tensor
     dlse: Tensor | None
-    norm_grads: tuple[Tensor | None, Tensor | None]
     head_grads: HeadGrads
     dqkv: Tensor  # [B, L, (Hq + 2 Hkv) D], where it is projected from x
     do: tuple[Tensor, Tensor | None]  # of a chunk whose output is projected: gradients of O and LSE
@@ -165,6 +164,7 @@ class _Run:
         self.whole: Sequence[Tensor] = inputs[:3]  # q, k and v of all heads
         self.projected: dict[int, tuple[Sequence[Tensor], Heads]] = {}  # of a chunk's heads, until packed
         self.results: dict[int, tuple[Tensor, Tensor]] = {}  # O and LSE of a chunk, until its output is projected
+        self.norm_shares: list[Tensor | None] = [None, None]  # [Hq, D] and [Hkv, D]: what each head adds
         group.note(self.local, self.placement)
 
     def all(self, steps: Sequence[schedule.Step]) -> None:
@@ -180,7 +180,7 @@ class _Run:
             "project_out_weight_grad": lambda _: self._project_out_weight_grad(),
             "pack_grad": self._pack_grad,
             "attend_backward": self._attend_backward,
-            "unpack_grad": lambda _: self._unpack_grad(),
+            "unpack_grad": self._unpack_grad,
             "project_grad": lambda _: self._project_grad(),
         }
         recorder = self.group.recorder
@@ -222,6 +222,7 @@ class _Run:
         for n, (q, k, v) in enumerate(self._qkv(c)):
             lse = self._head_lse(c, n) if p.grad else None
             self.local.attend_forward(q, k, v, spans[n], lse, self._options(c, n, len(k)))
+        self._drop_read(c)
 
     def _out_spans(self, c: int, send: Tensor | None) -> list[list[Span]]:
         """Open the hop of a chunk's output; where each piece's results go: at the peers, in `send`, in new buffers."""
@@ -285,17 +286,18 @@ class _Run:
 
     def _unpack(self, c: int) -> None:
         p = self.problem
-        out, lse = self._new_results(c)
-        rows = [
-            row
-            for b in ([c] if p.projects_out else range(len(self.chunks)))
-            for row in self._o_rows(b, self.chunks[b].out, self._arrived("exchange_out", b, self.chunks[b].out))
-        ]
+        out, lse = self._new_results(c) if p.projects_out or self.out is None else (self.out, self.user_lse)
+        rows = []
+        for b in [c] if p.projects_out or p.recompute else range(len(self.chunks)):
+            rows += self._o_rows(b, self.chunks[b].out, self._arrived("exchange_out", b, self.chunks[b].out))
+            del self.received["exchange_out", b]
         self.local.unpack(rows, out, lse if p.return_lse else None)
 
-    def _o_rows(self, c: int, sections: Sequence[Section], blocks: Sequence[Sequence[Tensor]]) -> list[ORows]:
+    def _o_rows(
+        self, c: int, sections: Sequence[Section], blocks: Sequence[Sequence[Tensor]], name: str = "o"
+    ) -> list[ORows]:
         chunk, heads = self.chunks[c], self._result_heads(c)
-        return list(layout.o_rows(self.problem, self.rank, chunk, sections, blocks, heads))
+        return list(layout.o_rows(self.problem, self.rank, chunk, sections, blocks, heads, name))
 
     # -- projections
 
@@ -356,16 +358,18 @@ class _Run:
             (dout, dlse), out = self.do, self._kept_result(c)
         rows = self._o_rows(c, sections, hop.blocks)
         self.local.pack_grad(dout, out if self.problem.sends_delta else None, dlse, rows)
+        if self.problem.sends_output:
+            self.local.pack_grad(out, None, None, self._o_rows(c, sections, hop.blocks, "again"))
 
     def _attend_backward(self, c: int) -> None:
         p, chunk, rank = self.problem, self.chunks[c], self.rank
         sections = chunk.grad_qkv
         receive = [self._take(sum(message.receive)) for message in self._messages(outbound, sections)]
         hop = self._open("exchange_grad_out", c, outbound, sections, receive)
-        arrived = zip(chunk.grad_out, self.received["exchange_grad_in", c], strict=True)
+        arrived = zip(chunk.grad_out, self.received.pop(("exchange_grad_in", c)), strict=True)
         grads = [layout.fields(p, section.rows[rank], rows, section.tokens(rank)) for section, rows in arrived]
         for n, (piece, (q, k, v)) in enumerate(zip(chunk.pieces[rank], self._qkv(c), strict=True)):
-            extra = self._kept_o(c) if self.local.keeps_output else grads[n]["stat"]
+            extra = self._kept_o(c) if self.local.keeps_output else grads[n]["again" if p.sends_output else "stat"]
             dq = layout.spans(p, rank, sections[n], hop.blocks[n], ("q",))
             start = self.sums
             if piece.last:
@@ -381,6 +385,7 @@ class _Run:
             for total, part in zip(self.head_grads, mine, strict=True):
                 if total is not None and part is not None:
                     total[piece.q_start : piece.q_stop] += part
+        self._drop_read(c)
 
     def _kept_o(self, c: int) -> Tensor:
         """O of a chunk in head layout, as forward kept it."""
@@ -394,21 +399,33 @@ class _Run:
         dk, dv = (self._new(*shape, n, dtype=self.stat_dtype) for n in (p.head_dim, p.value_dim))
         return dk, dv
 
-    def _unpack_grad(self) -> None:
-        transform = self.inputs.transform
+    def _unpack_grad(self, c: int) -> None:
+        """All gradients at once; with `recompute` those of the heads that are whole now that chunk c is there."""
+        transform, by_chunk = self.inputs.transform, self.problem.recompute
         normed = transform is not None and (transform.q_norm is not None or transform.k_norm is not None)
-        by_chunk = []
-        for c, chunk in enumerate(self.chunks):
-            blocks = self._arrived("exchange_grad_out", c, chunk.grad_qkv)
-            by_chunk.append(layout.qkv_rows(self.problem, self.rank, chunk, chunk.grad_qkv, chunk.sent, blocks))
-        by_rank = zip(*by_chunk, strict=True)  # so that shares of a sum come in the order of the ranks
-        self.norm_grads = self.local.unpack_grad(
+        arrived = []
+        for b, chunk in enumerate(self.chunks):
+            if ("exchange_grad_out", b) in self.received and (b <= c or not by_chunk):
+                blocks = self._arrived("exchange_grad_out", b, chunk.grad_qkv)
+                arrived.append(layout.qkv_rows(self.problem, self.rank, chunk, chunk.grad_qkv, chunk.sent, blocks))
+        by_rank = zip(*arrived, strict=True)  # so that shares of a sum come in the order of the ranks
+        shares = self.local.unpack_grad_heads(
             [rows for of_rank in by_rank for of_chunk in of_rank for rows in of_chunk],
             self.whole[0] if normed else None,
             self.whole[1] if normed else None,
             *self.grads[:3],
             transform,
+            self.placement.returns[c].heads if by_chunk else None,
         )
+        for n, share in enumerate(shares):
+            before = self.norm_shares[n]
+            self.norm_shares[n] = share if before is None or share is None else before.add_(share)
+        for b in self.placement.returns[c].done if by_chunk else range(len(self.chunks)):
+            del self.received["exchange_grad_out", b]
+
+    def norm_grads(self) -> tuple[Tensor | None, Tensor | None]:
+        dq_norm, dk_norm = (None if shares is None else shares.sum(0) for shares in self.norm_shares)
+        return dq_norm, dk_norm
 
     # -- exchange
 
@@ -477,6 +494,11 @@ class _Run:
         return [torch.split(buffer, list(message.receive)) for message, buffer in received]
 
     # -- a rank's heads
+
+    def _drop_read(self, c: int) -> None:
+        """Let go of the received rows that nothing reads after chunk c."""
+        for b in self.placement.last_reads(self.rank, c):
+            self.received.pop(("exchange_in", b), None)
 
     def _take(self, elements: int) -> Tensor:
         return self._new(elements)

@@ -157,13 +157,17 @@ def o_rows(
     sections: Sequence[Section],
     blocks: Sequence[Sequence[Tensor]],
     heads: Sequence[int],
+    name: str = "o",
 ) -> Iterator[ORows]:
-    """Every rank's blocks of my tokens, as O (or its gradient) and LSE (or delta), numbered as they lie in `heads`."""
+    """Every rank's blocks of my tokens, as O (or its gradient) and LSE (or delta), numbered as they lie in `heads`.
+
+    `name` is that of their field for O: "again" where O travels beside its gradient.
+    """
     for owner, pieces in enumerate(chunk.pieces):
         for piece, section, of_ranks in zip(pieces, sections, blocks, strict=False):
             first, tokens = section.overlap(owner, rank)
             views = fields(problem, section.rows[owner], of_ranks[owner], tokens)
-            yield ORows(views["o"], views.get("stat"), heads.index(piece.q_start), first)
+            yield ORows(views[name], views.get("stat"), heads.index(piece.q_start), first)
 
 
 def spans(

@@ -6,7 +6,7 @@ The choice follows from the problem and the machine, never from the number of ra
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from .kernels._views import HeadGrads, HeadMap, Options, Span
 from .kernels.attend_backward import attend_backward
 from .kernels.attend_forward import attend_forward
 from .kernels.pack import pack, pack_grad
-from .kernels.unpack import unpack, unpack_grad
+from .kernels.unpack import unpack, unpack_grad_heads
 from .spec import Problem
 
 _aten = torch.ops.aten
@@ -27,14 +27,14 @@ _aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Local:
-    """What one call runs on a rank. `keeps_output`: backward needs O in head layout, and takes no delta."""
+    """What one call runs on a rank. `keeps_output`: forward keeps O in head layout, which backward needs."""
 
     name: str
     why: str
     pack: Callable[..., None]
     pack_grad: Callable[..., None]
     unpack: Callable[..., None]
-    unpack_grad: Callable[..., tuple[Tensor | None, Tensor | None]]
+    unpack_grad_heads: Callable[..., tuple[Tensor | None, Tensor | None]]
     attend_forward: Callable[..., None]
     attend_backward: Callable[..., None]
     keeps_output: bool = False
@@ -60,7 +60,8 @@ def choose(problem: Problem) -> Local:
     if asked == "aten" or (asked == "auto" and obstacle is None):
         if obstacle is not None:
             raise OptionError(f'attention="aten" cannot do this call: {obstacle}; use attention="auto"')
-        return _local("aten", "PyTorch's flash kernel for CPUs takes dense and causal attention with D = Dv")
+        found = _local("aten", "PyTorch's flash kernel for CPUs takes dense and causal attention with D = Dv")
+        return replace(found, keeps_output=not problem.recompute)
     return _local("reference", "asked for" if asked == "reference" else obstacle or "rows are moved by PyTorch")
 
 
@@ -88,16 +89,14 @@ def _aten_obstacle(problem: Problem) -> str | None:
 
 def _local(name: str, why: str, *, triton: bool = False) -> Local:
     moves: dict[str, Any] = (
-        {"pack": pack, "pack_grad": pack_grad, "unpack": unpack, "unpack_grad": unpack_grad}
+        {"pack": pack, "pack_grad": pack_grad, "unpack": unpack, "unpack_grad_heads": unpack_grad_heads}
         if triton
-        else {key: getattr(reference, key) for key in ("pack", "pack_grad", "unpack", "unpack_grad")}
+        else {key: getattr(reference, key) for key in ("pack", "pack_grad", "unpack", "unpack_grad_heads")}
     )
     if triton:
         return Local(name, why, attend_forward=attend_forward, attend_backward=attend_backward, **moves)
     if name == "aten":
-        return Local(
-            name, why, attend_forward=_aten_forward, attend_backward=_aten_backward, keeps_output=True, **moves
-        )
+        return Local(name, why, attend_forward=_aten_forward, attend_backward=_aten_backward, **moves)
     return Local(name, why, attend_forward=reference.attend_forward, attend_backward=reference.attend_backward, **moves)
 
 

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -82,10 +82,22 @@ class Chunk(NamedTuple):
         q = {h for of_rank in self.pieces for piece in of_rank for h in range(piece.q_start, piece.q_stop)}
         return Heads(tuple(sorted(q)), tuple(sorted({h for held in self.held for h in held})))
 
+    @property
+    def returned(self) -> Heads:
+        """Those that any rank's rows hold as gradients, each once."""
+        return Heads(self.heads.q, tuple(sorted({h for sent in self.sent for h in sent})))
+
     def results(self, rank: int, source: int) -> int:
         """How many outputs a rank computes of the tokens of `source`: one for each token and head."""
         pieces = zip(self.pieces[rank], self.out, strict=False)
         return sum(piece.q_heads * section.overlap(rank, source)[1] for piece, section in pieces)
+
+
+class Return(NamedTuple):
+    """What can be unpacked once the gradients of a chunk, and of all chunks before it, have come back."""
+
+    heads: Heads  # whose gradients are whole now, and were not before
+    done: tuple[int, ...]  # the chunks of which nothing is needed any more then
 
 
 @dataclass(frozen=True)
@@ -93,9 +105,34 @@ class Placement:
     """Every rank's heads, and the chunks that its work goes in: as many on every rank."""
 
     shares: tuple[Share, ...]
+    heads: tuple[int, int]  # of the model: query heads, kv heads
     group: int  # G: query heads per kv head
     shared: bool  # whether some kv head is worked on by more than one rank
     chunks: tuple[Chunk, ...]
+
+    def last_reads(self, rank: int, c: int) -> list[int]:
+        """The chunks whose q, k and v a rank needs for its chunk c, and for none after it."""
+        readers = {b: b for b in range(len(self.chunks))}
+        readers |= {piece.holder: b for b, chunk in enumerate(self.chunks) for piece in chunk.pieces[rank]}
+        return [b for b, last in readers.items() if last == c]
+
+    @cached_property
+    def returns(self) -> tuple[Return, ...]:
+        """Of every chunk, what its gradients make whole; heads that no chunk sends count to the last one."""
+        chunks = range(len(self.chunks))
+        q, kv = whole = [dict.fromkeys(range(n), chunks[-1]) for n in self.heads]  # by which chunk a head is whole
+        for chunk in self.chunks:
+            for by_head, heads in zip(whole, chunk.returned, strict=True):
+                by_head |= dict.fromkeys(heads, chunk.number)
+        ends = [
+            max([q[h] for h in chunk.returned.q] + [kv[h] for h in chunk.returned.kv], default=chunk.number)
+            for chunk in self.chunks
+        ]
+        found = []
+        for c in chunks:
+            now = (tuple(h for h, when in by_head.items() if when == c) for by_head in whole)
+            found.append(Return(Heads(*now), tuple(b for b in chunks if ends[b] == c)))
+        return tuple(found)
 
     def head_offset(self, rank: int) -> int:
         """The place of a rank's first query head inside its kv group."""
@@ -155,7 +192,8 @@ def _place(problem: Problem) -> Placement:
     shared = any(a.kv_stop > b.kv_start for a, b in pairwise(working))
     keys = [_keys(problem, of_rank) for of_rank in parts]
     by_chunk = enumerate(zip(*parts, strict=True))
-    return Placement(shares, group, shared, tuple(_chunk(problem, c, pieces, keys, shared) for c, pieces in by_chunk))
+    chunks = tuple(_chunk(problem, c, pieces, keys, shared) for c, pieces in by_chunk)
+    return Placement(shares, (problem.heads, problem.kv_heads), group, shared, chunks)
 
 
 def _share(pieces: Sequence[Piece]) -> Share:
@@ -203,8 +241,8 @@ def _chunk(
         of_keys = (Section(problem.kv_lens, tuple(map(row_of, kv)), ranges),) if any(kv) else ()
         return of_queries([("q", d, 1)]) + of_keys
 
-    def output(with_stat: bool) -> tuple[Section, ...]:
-        return of_queries([("o", dv, 1), *[("stat", 1, stat)] * with_stat])
+    def output(with_stat: bool, again: bool = False) -> tuple[Section, ...]:
+        return of_queries([("o", dv, 1), *[("again", dv, 1)] * again, *[("stat", 1, stat)] * with_stat])
 
     return Chunk(
         number=number,
@@ -213,7 +251,7 @@ def _chunk(
         sent=sent,
         qkv=q_and_kv(held, 1),
         out=output(problem.return_lse),
-        grad_out=output(problem.sends_delta),
+        grad_out=output(problem.sends_delta, problem.sends_output),
         grad_qkv=q_and_kv(sent, stat if shared else 1),
     )
 

@@ -13,6 +13,13 @@ projected (collective: unpacked and projected) once the next chunk's is under wa
 
     project 0, pack 0, in 0 | project 1, pack 1, in 1, attend 0, out 0
     | attend 1, out 1, unpack 0, project_out 0 | unpack 1, project_out 1
+
+Where rows are exchanged again in backward, for the sake of memory, a chunk is unpacked once the next one's results are
+under way, and so are its gradients: no more than a few chunks' rows are there at once, however many there are. With
+C = 3:
+
+    pack 0, in 0 | pack 1, in 1, attend 0, out 0 | pack 2, in 2, attend 1, out 1, unpack 0 | attend 2, out 2, unpack 1
+    | unpack 2
 """
 
 from __future__ import annotations
@@ -48,7 +55,7 @@ def _then(first: str, second: str, chunk: int = 0) -> tuple[Step, Step]:
 
 def of(problem: Problem, one_sided: bool) -> tuple[Step, ...]:
     """The steps of a problem's layer."""
-    return forward(one_sided, problem.chunks, problem.projects, problem.projects_out)
+    return forward(one_sided, problem.chunks, problem.projects, problem.projects_out, problem.recompute)
 
 
 def of_backward(problem: Problem) -> tuple[Step, ...]:
@@ -59,22 +66,22 @@ def of_backward(problem: Problem) -> tuple[Step, ...]:
 
 @cache
 def forward(
-    one_sided: bool, chunks: int = 1, project: bool = False, project_out: bool = False
+    one_sided: bool, chunks: int = 1, project: bool = False, project_out: bool = False, recompute: bool = False
 ) -> tuple[Step, ...]:  # fmt: skip
-    """pack, exchange in, attend, exchange out, unpack.
+    """pack, exchange in, attend, exchange out, unpack; with `recompute` every chunk is unpacked by itself.
 
     One-sided without unpack, as attend wrote the result, and with one exchange out, which tells that all is written;
     where the output is projected, one for each chunk.
     """
+    by_chunk = project_out or (recompute and not one_sided)
 
     def inward(c: int) -> tuple[Step, ...]:
         first = (Step("project", "compute", c),) if project else ()
         return (*first, *_then("pack", "exchange_in", c))
 
     def outward(c: int) -> tuple[Step, ...]:
-        reader = "project_out" if one_sided else "unpack"
-        steps = (Step(reader, "compute", c, (("exchange_out", c),)),)
-        return steps if one_sided else (*steps, Step("project_out", "compute", c))
+        names = ["unpack"] * (not one_sided) + ["project_out"] * project_out
+        return tuple(Step(name, "compute", c, (("exchange_out", c),) * (n == 0)) for n, name in enumerate(names))
 
     steps = list(inward(0))
     for c in range(chunks):
@@ -83,9 +90,9 @@ def forward(
         steps.append(Step("attend", "compute", c, (("exchange_in", c),)))
         if project_out or not one_sided:
             steps.append(Step("exchange_out", "exchange", c, (("attend", c),)))
-        if project_out and c > 0:
+        if by_chunk and c > 0:
             steps += outward(c - 1)
-    if project_out:
+    if by_chunk:
         return (*steps, *outward(chunks - 1))
     if one_sided:
         return (*steps, Step("exchange_out", "exchange", 0, _all("attend", chunks)))
@@ -96,7 +103,7 @@ def forward(
 def backward(
     recompute: bool, chunks: int = 1, project: bool = False, project_out: bool = False, raw: bool = False
 ) -> tuple[Step, ...]:  # fmt: skip
-    """The mirror of forward; with `recompute` the received rows are exchanged again first.
+    """The mirror of forward; with `recompute` a chunk's received rows are exchanged again first.
 
     The gradient of the output projection's weight is made under the first exchange. What `raw` needs, q and k as they
     were projected, is made under the last one, or first where it is exchanged again.
@@ -123,9 +130,12 @@ def backward(
         received = (("exchange_grad_in", c), ("exchange_in", c))[: 1 + recompute]
         steps.append(Step("attend_backward", "compute", c, received))
         steps.append(Step("exchange_grad_out", "exchange", c, (("attend_backward", c),)))
-    if not recompute:
-        steps += again
-    steps.append(Step("unpack_grad", "compute", 0, _all("exchange_grad_out", chunks)))
+        if recompute and c > 0:
+            steps.append(Step("unpack_grad", "compute", c - 1, (("exchange_grad_out", c - 1),)))
+    if recompute:
+        steps.append(Step("unpack_grad", "compute", chunks - 1, (("exchange_grad_out", chunks - 1),)))
+    else:
+        steps += [*again, Step("unpack_grad", "compute", 0, _all("exchange_grad_out", chunks))]
     return (*steps, Step("project_grad", "compute")) if project else tuple(steps)
 
 

@@ -117,6 +117,11 @@ class Problem:
         return self.attention not in ("aten", "callable")
 
     @property
+    def sends_output(self) -> bool:
+        """Whether O travels with dO: what PyTorch's kernel needs of it is not kept where rows are exchanged again."""
+        return self.attention == "aten" and self.recompute
+
+    @property
     def projects(self) -> bool:
         """Whether q, k and v are projected from x in the layer."""
         return self.features is not None
