@@ -516,3 +516,11 @@ def bits_come_back(ctx, exchange):
 
 def identity_on_v(q, k, v, **_):
     return v
+
+
+@pytest.mark.parametrize("options", [{}, {"window": (9, 0)}, {"norm": True, "fused": True, "rope": 16}], ids=str)
+def test_autocast_rounds_nothing(options):
+    case = Case(lens=(40,), heads=4, kv_heads=2, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(case, 0, None)
+    check(case, [found])

@@ -184,19 +184,20 @@ class _Run:
             "project_grad": lambda _: self._project_grad(),
         }
         recorder = self.group.recorder
-        for step in steps:
-            for awaited in step.after:
-                if awaited in self.hops:
-                    self._finish(*awaited)
-            if step.stream == "exchange":
-                self._start(*step.which)
-            elif recorder is None:
-                actions[step.name](step.chunk)
-            else:
-                with recorder.step(self.group, step, self.device):
+        with torch.autocast(self.device.type, enabled=False):  # which would round the reference's products
+            for step in steps:
+                for awaited in step.after:
+                    if awaited in self.hops:
+                        self._finish(*awaited)
+                if step.stream == "exchange":
+                    self._start(*step.which)
+                elif recorder is None:
                     actions[step.name](step.chunk)
-        for under_way in list(self.hops):
-            self._finish(*under_way)
+                else:
+                    with recorder.step(self.group, step, self.device):
+                        actions[step.name](step.chunk)
+            for under_way in list(self.hops):
+                self._finish(*under_way)
 
     # -- forward
 
