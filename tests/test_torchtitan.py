@@ -361,3 +361,96 @@ def test_wrong_calls_raise_on_every_rank(pool: Any) -> None:
         for name, pattern in expected.items():
             assert re.search(pattern, said[name], re.DOTALL), (name, said[name])
 
+
+
+# ---- torchtitan itself
+
+titan_itself = pytest.mark.skipif(
+    importlib.util.find_spec("torchtitan") is None or importlib.util.find_spec("spmd_types") is None,
+    reason="needs torchtitan 0.3.0: pip install --no-deps torchtitan==0.3.0 spmd_types==0.2.3 tyro docstring-parser "
+    "typeguard shtab einops torchdata tensorboard torch_checkpointing",
+)
+SEQUENCE = 96  # tokens
+DOCUMENTS = [[40, 56], [3, 50, 1, 42]]
+
+
+def real_config(name: str) -> Any:
+    """A debug model of torchtitan with fewer layers, whose rotary table is as long as the sequence."""
+    if name == "llama3":
+        from torchtitan.models.llama3 import llama3_configs
+
+        config = llama3_configs["debugmodel"](attn_backend="flex")
+    elif name == "qwen3":
+        from torchtitan.models.qwen3 import qwen3_configs
+
+        config = qwen3_configs["debugmodel"](attn_backend="flex")
+    else:
+        from torchtitan.models.gpt_oss import gptoss_configs
+
+        config = gptoss_configs["debugmodel"](moe_comm_backend="standard", attn_backend="flex")
+    config.layers = config.layers[:6] if name == "llama3" else config.layers[:2]
+    for layer in config.layers:
+        layer.attention.rope.max_seq_len = SEQUENCE
+        if getattr(layer.attention, "sliding_window_size", None):
+            layer.attention.sliding_window_size = 20
+    return config
+
+
+def real_model(config: Any) -> Any:
+    torch.manual_seed(11)
+    model = config.build()
+    model.init_states(buffer_device=torch.device("cpu"))
+    return model
+
+
+def real_batch(packed: bool) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    rows = DOCUMENTS if packed else [[SEQUENCE]] * BATCH
+    return {
+        "tokens": torch.randint(2048, (BATCH, SEQUENCE), generator=generator),
+        "positions": torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows]),
+    }
+
+
+def real_weight() -> Tensor:
+    return torch.randn(BATCH, SEQUENCE, 2048, generator=torch.Generator().manual_seed(1))
+
+
+class Masked(Flex):
+    """In the place of FlexAttention, which has no gradients on a CPU: all pairs of its own block mask."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, attention_masks: Any, **options: Any) -> Tensor:
+        from torch.nn.attention.flex_attention import create_mask
+
+        batch, tokens = q.shape[:2]
+        allowed = create_mask(attention_masks.mask_mod, batch, 1, tokens, tokens, device="cpu")[:, 0]
+        return super().forward(q, k, v, attention_masks=allowed, **options)
+
+
+def real_on_one(name: str, packed: bool) -> Found:
+    model, batch = real_model(real_config(name)), real_batch(packed)
+    batch["attention_masks"] = model.get_attention_masks(batch["positions"])
+    with torch.no_grad():
+        own = model(**batch)
+    for layer in model.layers.values():
+        layer.attention.inner_attention = Masked()
+    found = step(model, batch, real_weight())
+    assert apart(found[0], own) <= 1e-5  # torchtitan's FlexAttention finds the same
+    return found
+
+
+def real_on_ranks(ctx: Any, name: str, packed: bool) -> Found:
+    group, model = UlyssesGroup(ctx.group), real_model(real_config(name))
+    apply(model, group)
+    parts = {key: shard_sequence(x, group) for key, x in real_batch(packed).items()}
+    return step(model, parts, shard_sequence(real_weight(), group))
+
+
+@titan_itself
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["llama3", "qwen3", "gpt_oss"])
+def test_models_of_torchtitan(pool: Any, name: str, packed: bool) -> None:
+    expected = real_on_one(name, packed)
+    for ranks in (2, 4):
+        compare(pool.run(ranks, real_on_ranks, name, packed), expected, 1e-5)
