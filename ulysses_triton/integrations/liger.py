@@ -38,9 +38,7 @@ def loss_sum(
     try:
         from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction
     except ImportError as error:
-        raise OptionError(
-            "Liger's loss needs the package liger-kernel: pip install 'ulysses-triton[liger]'"
-        ) from error
+        raise OptionError("Liger's loss needs the package liger-kernel: pip install 'ulysses-triton[liger]'") from error
     if hidden.shape[:-1] != labels.shape or weight.shape[1:] != hidden.shape[-1:]:
         raise ShapeError(
             f"hidden {list(hidden.shape)}, labels {list(labels.shape)} and weight {list(weight.shape)} do not fit; "

@@ -1,15 +1,12 @@
 """torchtitan: `apply(model, group)` lets its language models attend over sequences that are sharded over ranks.
 
-Written for torchtitan 0.3.0. Each attention layer of its models hands q, k and v `[B, L, heads, D]`, rotated already, to
+Written for torchtitan 0.3.0. An attention layer of its models hands q, k and v `[B, L, heads, D]`, rotated already, to
 the module `inner_attention`, which is what `apply` replaces by an `UlyssesAttention`. A forward pre-hook on the model
 says where the rank's tokens lie: it counts positions through the whole sequence where there are none, and finds packed
 documents, which begin where positions are 0, and hands them to the layers in the place of `attention_masks`.
 
-Batches are cut into contiguous shards in rank order (`shard_sequence`). torchtitan's own context parallelism does that
-with `parallelism.context_parallel_load_balancer = None`; its Trainer needs nothing else but, ahead of the first step,
-
-    for part in trainer.model_parts:
-        apply(part, trainer.parallel_dims.get_mesh("cp"))
+Batches are cut into contiguous shards in rank order (`shard_sequence`); torchtitan's own context parallelism would cut
+them so with `parallelism.context_parallel_load_balancer = None`.
 
 Nothing here imports torchtitan: its classes are known by their names.
 """
@@ -81,13 +78,13 @@ class UlyssesAttention(nn.Module):
         with told_to_peers(self.group):
             if any(isinstance(x, DTensor) for x in (q, k, v)):
                 raise OptionError(
-                    "q, k and v are DTensors, as with tensor parallelism under partial_dtensor, or full_dtensor; only "
-                    "plain tensors are handled: set parallelism.spmd_backend to spmd_types"
+                    "q, k and v are DTensors, as torchtitan makes them with tensor parallelism or full_dtensor; only "
+                    "plain tensors are handled: leave those off"
                 )
             if attention_masks is not None and not isinstance(attention_masks, Tensor):
                 raise OptionError(
-                    f"attention_masks is a {type(attention_masks).__name__}, which is not handled over shards; leave it "
-                    f"out and pass positions to a model under apply, or pass the document of each token, int [B, L]"
+                    f"attention_masks is a {type(attention_masks).__name__}, which is not handled over shards; leave "
+                    f"it out and pass positions to a model under apply, or pass the document of each token, int [B, L]"
                 )
             names = [name for name, x in unknown.items() if x is not None and x is not False]
             if names:
@@ -113,7 +110,7 @@ class _Applied(NamedTuple):
 def apply(model: nn.Module, group: Groupish = None, *, attention: Attention = "auto") -> None:
     """Let a torchtitan model attend over the whole sequence while every rank of `group` has its own part of it.
 
-    Call it on every rank, after torchtitan has parallelized the model and before the first step. The model is then
+    Call it on every rank, on a built model, after whatever else torchtitan does to its modules. The model is then
     called with the rank's own tokens `[B, L]`, and positions `[B or 1, L]` in their documents, where those begin anew
     at 0, or without positions: then all of a sequence is one document. Shards are contiguous, in rank order, and equal.
     `get_attention_masks` gives None from then on, as documents need no masks. Outputs are the rank's tokens'.
@@ -129,7 +126,9 @@ def apply(model: nn.Module, group: Groupish = None, *, attention: Attention = "a
     undo(model)
     forward = _defined_in(model, "forward")
     if forward != DECODER:
-        raise OptionError(f"the forward of {type(model).__name__} is that of {forward}, only that of {DECODER} is known")
+        raise OptionError(
+            f"the forward of {type(model).__name__} is that of {forward}, only that of {DECODER} is known"
+        )
     replaced = {name: (layer, _replacement(name, layer, model, own, attention)) for name, layer in _layers(model)}
     inner = {name: (layer, layer.inner_attention) for name, (layer, _) in replaced.items()}
     for layer, module in replaced.values():
@@ -165,8 +164,8 @@ class _Placing:
         with told_to_peers(self.group):
             if given.get("attention_masks") is not None:
                 raise OptionError(
-                    f"attention_masks is a {type(given['attention_masks']).__name__}, which is not handled over shards: "
-                    f"leave it out, documents are found from positions"
+                    f"attention_masks is a {type(given['attention_masks']).__name__}, which is not handled over "
+                    f"shards: leave it out, documents are found from positions"
                 )
             _check_positions(positions, batch, length)
         if positions is None:
@@ -211,7 +210,9 @@ def _check_positions(positions: Any, batch: int, length: int) -> None:
 
 def _check_rows(last: int, rows: int | None) -> None:
     if rows is not None and last >= rows:
-        raise ShapeError(f"position {last} is beyond the model's rotary table of {rows} positions: raise its max_seq_len")
+        raise ShapeError(
+            f"position {last} is beyond the model's rotary table of {rows} positions: raise its max_seq_len"
+        )
 
 
 def _no_masks(positions: Tensor) -> None:
@@ -221,7 +222,7 @@ def _no_masks(positions: Tensor) -> None:
 def _layers(model: Any) -> Iterator[tuple[str, Any]]:
     """The attention layers, by the number of their blocks."""
     for name, block in model.layers.items():
-        layer = getattr(block, "attention", None)
+        layer: Any = getattr(block, "attention", None)
         known = layer is not None and _defined_in(layer, "forward") in LAYERS
         if not known or not any(_is(layer.inner_attention, kind) for kind in INNER):
             inner = getattr(layer, "inner_attention", None)
