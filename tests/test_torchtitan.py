@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ulysses_triton import UlyssesGroup, shard_sequence
-from ulysses_triton.errors import UlyssesError
+from ulysses_triton.errors import OptionError, UlyssesError
 from ulysses_triton.integrations.torchtitan import STATE, UlyssesAttention, apply, undo
 
 BATCH, TOKENS, HEADS, KV_HEADS, DIM, VOCABULARY = 2, 24, 4, 2, 8, 31
