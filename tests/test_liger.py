@@ -17,7 +17,7 @@ from ulysses_triton.integrations.transformers import enable
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("liger_kernel") is None, reason="needs liger-kernel: pip install --no-deps liger-kernel"
 )
-VOCABULARY, TOKENS, IGNORED = 47, 20, -100
+VOCABULARY, TOKENS, IGNORED = 47, 12, -100
 
 
 def let_liger_run() -> None:
@@ -59,7 +59,8 @@ def model(name: str) -> Any:
     config, kind, more = kinds[name]
     return kind(
         config(
-            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_attention_heads=4,
+            num_hidden_layers=2 if name == "gemma2" else 1,
             num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=None, eos_token_id=1,
             attn_implementation="eager", use_cache=False, **more,
         )
@@ -78,8 +79,8 @@ def with_liger(name: str) -> Any:
 def batch() -> dict[str, Tensor]:
     """Two packed rows, with labels that are for the most part in the first half."""
     ids = torch.randint(2, VOCABULARY, (2, TOKENS), generator=torch.Generator().manual_seed(4))
-    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in ((7, 13), (12, 8))])
-    labels = torch.where((torch.arange(TOKENS) < 11) & (positions > 0), ids, IGNORED)
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in ((5, 7), (8, 4))])
+    labels = torch.where((torch.arange(TOKENS) < 7) & (positions > 0), ids, IGNORED)
     shifted = functional.pad(labels, (0, 1), value=IGNORED)[:, 1:].contiguous()
     return {"input_ids": ids, "position_ids": positions, "labels": labels, "shift_labels": shifted}
 
