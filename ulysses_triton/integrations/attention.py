@@ -21,7 +21,7 @@ NAME = "ulysses_triton"  # under which both are registered
 KNOWN = {
     "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "max_length_k", "max_length_q", "num_items_in_batch",
     "output_hidden_states", "output_router_logits", "position_ids", "return_dict", "seq_idx", "shift_labels",
-    "ulysses_encoder_lens", "ulysses_lens", "use_cache",
+    "skip_logits", "ulysses_encoder_lens", "ulysses_lens", "use_cache",
 }  # fmt: skip
 
 
