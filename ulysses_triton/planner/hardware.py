@@ -114,12 +114,20 @@ def cluster(name: str, gpus: int, node: int = 8, between: float | None = None, i
     near, far = cost.MACHINES[machine], cost.MACHINES[f"{machine}-network"]
     gpu = Gpu(name, MATMUL_SHARE * peak, peak, memory * MIB, near.forward, near.backward, near.copy, host)
     return Cluster(
-        gpu, gpus, node, inside or near.exchange, between or far.exchange, near.latency, far.latency, near.launch
+        gpu,
+        gpus,
+        node,
+        near.exchange if inside is None else inside,
+        far.exchange if between is None else between,
+        near.latency,
+        far.latency,
+        near.launch,
     )
 
 
-# Small products of the training command's model in fp32, on one core of the CPU of `cost.cpu`: measured, as its others.
-CPU_MATMUL = 60e9
+# fp32 products of the training command's sizes, 2048 x 128 x 256 and such, ran at 82 to 103 GFLOP/s on one core of the
+# CPU of `cost.cpu`.
+CPU_MATMUL = 95e9
 
 
 def cpu(ranks: int, cores: int = 2) -> Cluster:

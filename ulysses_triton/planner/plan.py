@@ -1,7 +1,8 @@
 """The way to train that is predicted to be fastest, and where the limits lie.
 
 A plan is found by trying: every sequence degree that divides the GPUs, chunks, exchanges and ways to checkpoint, each
-with its memory and its time. What does not fit is left out.
+with its memory and its time. What does not fit is left out, and of those that are about as fast as the fastest the one
+is taken that leaves most memory free.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from .setup import CHECKPOINTS, Setup
 from .step import Step, step
 
 CHUNKS = (1, 2, 4, 8)
+ALIKE = 0.98  # of the speed: predictions are not good for less
 MOST_RANKS = 4096  # that `bottleneck_ranks` looks at
 
 
@@ -44,10 +46,17 @@ def plan(model: Model, cluster: Cluster, given: Setup, checkpoints: Sequence[str
             f"{need.on_host / 2**30:.0f} of {cluster.host_memory / 2**30:.0f} GiB a host; the longest that fits is "
             f"{limit} tokens. Use more GPUs, offload the optimiser or tile the MLP"
         )
-    steps = sorted((step(model, s, cluster) for s in found), key=lambda s: -s.tokens_per_second)
-    by_degree = {s.setup.sequence_ranks: s for s in reversed(steps)}
-    others = tuple(s for s in sorted(by_degree.values(), key=lambda s: s.setup.sequence_ranks) if s is not steps[0])
-    return Plan(steps[0], others, longest(model, steps[0].setup, cluster), (limit, where))
+    steps = [step(model, s, cluster) for s in found]
+    best = _leanest(steps)
+    degrees = sorted({s.setup.sequence_ranks for s in steps} - {best.setup.sequence_ranks})
+    others = tuple(_leanest([s for s in steps if s.setup.sequence_ranks == degree]) for degree in degrees)
+    return Plan(best, others, longest(model, best.setup, cluster), (limit, where))
+
+
+def _leanest(steps: Sequence[Step]) -> Step:
+    """Of those that are about as fast as the fastest, the one that leaves most memory free."""
+    fastest = max(s.tokens_per_second for s in steps)
+    return min((s for s in steps if s.tokens_per_second >= ALIKE * fastest), key=lambda s: s.memory.peak)
 
 
 def longest_sequence(

@@ -122,12 +122,12 @@ def passes(model: Model, setup: Setup, cluster: Cluster, windowed: bool, last: b
     again = setup.checkpoint != "none"
     calls = [attention(model, setup, cluster, windowed, back) for back in (False, True)]
     parts = [computing(model, setup, cluster, calls[back], bool(back)) for back in (0, 1)]
-    exposed = [_exposed(call) for call in calls]
-    forward = Pass(parts[0], exposed[0], moving.gather + calls[0].exchanging)
+    waits = [exposed(call) for call in calls]
+    forward = Pass(parts[0], waits[0], moving.gather + calls[0].exchanging)
     travelling = moving.gather + calls[1].exchanging + again * calls[0].exchanging
     travelling += moving.reduce if setup.zero == 3 or last else 0.0
     backward = parts[1] | {"computed again": sum(parts[0].values()) if again else 0.0}
-    return forward, Pass(backward, exposed[1] + again * exposed[0], travelling), again
+    return forward, Pass(backward, waits[1] + again * waits[0], travelling), again
 
 
 def computing(model: Model, setup: Setup, cluster: Cluster, call: Attention, backward: bool) -> dict[str, float]:
@@ -142,7 +142,8 @@ def computing(model: Model, setup: Setup, cluster: Cluster, call: Attention, bac
     }
 
 
-def _exposed(call: Attention) -> float:
+def exposed(call: Attention) -> float:
+    """Seconds in which a rank would only wait for the call's exchanges."""
     end, busy = walk(call.steps, call.seconds, np.zeros(1), np.ones(1), 1)
     return float(end[0] - busy[0])
 
