@@ -12,6 +12,7 @@ from functools import lru_cache
 
 from .. import schedule
 from ..cuts import pairs
+from ..errors import OptionError
 from .hardware import Cluster
 from .models import Model
 from .rows import Rows, travelling
@@ -48,6 +49,11 @@ def scores(model: Model, setup: Setup, windowed: bool) -> float:
 @lru_cache(maxsize=4096)
 def attention(model: Model, setup: Setup, cluster: Cluster, windowed: bool, backward: bool) -> Attention:
     """Attention of a layer, forward or backward, without its projections."""
+    if setup.one_sided and setup.sequence_ranks > cluster.node:
+        raise OptionError(
+            f"exchange = 'symm' is for ranks of one node, and {setup.sequence_ranks} share a sequence on nodes of "
+            f"{cluster.node} GPUs; use 'nccl' or 'two_hop'"
+        )
     gpu, ranks, chunks = cluster.gpu, setup.sequence_ranks, setup.chunks
     again = backward and setup.recompute_exchange
     steps = (

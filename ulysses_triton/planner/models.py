@@ -43,6 +43,8 @@ class Model:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise OptionError(f"model {self.name}: {name} is {value!r}; it must be a whole number of at least 1")
+        if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
+            raise OptionError(f"model {self.name}: window is {self.window!r}; it must be at least 1 token, or None")
         if self.heads % self.kv_heads:
             raise OptionError(
                 f"model {self.name}: {self.heads} query heads cannot share {self.kv_heads} kv heads evenly; heads must "
@@ -154,10 +156,12 @@ def from_config(values: Mapping[str, Any], name: str) -> Model:
     )
 
 
-def _first(values: Mapping[str, Any], names: tuple[str, ...], model: str) -> Any:
+def _first(values: Mapping[str, Any], names: tuple[str, ...], model: str) -> int:
     found = next((values[name] for name in names if values.get(name) is not None), None)
     if found is None:
         raise OptionError(f"the configuration of {model} lacks {' or '.join(names)}: is it that of a language model?")
+    if not isinstance(found, int) or found < 1:
+        raise OptionError(f"the configuration of {model} has {found!r} for {' or '.join(names)}; it must be at least 1")
     return found
 
 

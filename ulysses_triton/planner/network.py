@@ -40,7 +40,7 @@ class FatTree:
             raise OptionError(
                 f"a fat tree of {self.leaf} nodes a leaf and {self.pod} leaves a pod; use 1 or more, and 0 or more"
             )
-        if min(self.oversubscription, self.core_oversubscription) < 1:
+        if not (self.oversubscription >= 1 and self.core_oversubscription >= 1):
             raise OptionError(
                 f"oversubscription = {self.oversubscription} and {self.core_oversubscription}; up-links are at most as "
                 "wide as the links below: use 1 or more"
@@ -57,10 +57,10 @@ class Stragglers:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.jitter < 0 or not 0 <= self.share <= 1 or self.slow < 1:
+        if not (self.jitter >= 0 and 0 <= self.share <= 1 and self.slow >= 1 and self.seed >= 0):
             raise OptionError(
-                f"stragglers with jitter {self.jitter}, share {self.share}, slow {self.slow}; jitter is at least 0, "
-                "the share from 0 to 1 and slow at least 1"
+                f"stragglers with jitter {self.jitter}, share {self.share}, slow {self.slow}, seed {self.seed}; jitter "
+                "and seed are at least 0, the share is from 0 to 1 and slow at least 1"
             )
 
 
@@ -100,7 +100,7 @@ class _Run:
         for number in range(setup.micro_batches):
             last = number == setup.micro_batches - 1
             first = moves(model.layer_parameters + model.head_parameters, setup, cluster).gather
-            self._together(first if setup.zero == 3 else 0.0)
+            self._together(first)
             for windowed in kinds:
                 self._layer(windowed, False, last)
             self._compute(ending(model, setup, cluster, last))

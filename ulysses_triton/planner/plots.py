@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -42,10 +43,10 @@ def draw(plan: Plan, tree: FatTree, stragglers: Stragglers, folder: Path) -> lis
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, fill in pictures.items():
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        figure = Figure(figsize=(10, 4.5), layout="constrained")
         axes = figure.add_subplot()
         fill(axes)
-        axes.legend(fontsize=8)
+        figure.legend(loc="outside right upper", fontsize=8)
         paths.append(folder / f"{name}.svg")
         with rc_context({"svg.hashsalt": name}):  # the same file for the same plan
             FigureCanvasSVG(figure).print_svg(paths[-1], metadata={"Date": None, "Creator": "ulysses-triton"})
@@ -83,6 +84,7 @@ def _by_link(axes: Axes, best: Step) -> None:
         axes.axvline(crossing / 1e9, color="0.4", linestyle=":", label="exchanges take as long as attention")
     axes.axvline(getattr(best.cluster, link) / 1e9, color="0.4", linestyle="--", label="this cluster")
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="GB/s of a GPU", ylabel="exchange waited for, % of the step")
     axes.set_title(f"{best.setup.sequence_ranks} ranks a sequence, {best.setup.exchange}: {TITLE}", fontsize=10)
 
@@ -95,29 +97,34 @@ def _longest(axes: Axes, best: Step) -> None:
         fitting = [(n, limit) for n, limit in zip(counts, limits, strict=True) if limit]
         axes.plot([n for n, _ in fitting], [limit for _, limit in fitting], marker=".", label=f"checkpoints: {kind}")
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_yscale("log")
     axes.set(xlabel=f"GPUs ({best.cluster.gpu.name})", ylabel="tokens of a sequence that fit")
     axes.set_title(f"{best.model.name}: {TITLE}", fontsize=10)
 
 
 def _scale(axes: Axes, best: Step, tree: FatTree, stragglers: Stragglers) -> None:
-    """What a GPU gets done, from 8 to 4096 of them, with the degree as it is and more rows."""
+    """What a GPU gets done, from 8 to 4096 of them: of the plan's degree, or of as many as there are, in more rows."""
     curves: dict[str, tuple[FatTree, Stragglers]] = {
         "all ranks alike, full bandwidth": (FatTree(tree.leaf, tree.pod), Stragglers()),
         f"up-links {tree.oversubscription:g} : 1": (tree, Stragglers()),
         f"and stragglers: jitter {stragglers.jitter:g}, {stragglers.share:.1%} slower by {stragglers.slow:g}":
             (tree, stragglers),
     }  # fmt: skip
-    ranks = best.setup.sequence_ranks
-    counts = [n for n in (2**k for k in range(3, 13)) if n >= ranks and n % ranks == 0]
+    counts = [2**k for k in range(3, 13)]
     for name, (shape, who) in curves.items():
         speeds = []
         for n in counts:
-            setup = replace(best.setup, rows=n // ranks, batch=None)
+            ranks = math.gcd(n, best.setup.sequence_ranks)
+            setup = replace(best.setup, sequence_ranks=ranks, rows=n // ranks, batch=None)
             seconds = simulate(best.model, setup, replace(best.cluster, gpus=n), shape, who).seconds
             speeds.append(setup.sequences * setup.seq / seconds / n)
         axes.plot(counts, speeds, marker=".", label=name)
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_ylim(bottom=0)
     axes.set(xlabel="GPUs", ylabel="tokens/s a GPU")
-    axes.set_title(f"{best.model.name}, {ranks} ranks a sequence of {best.setup.seq}: simulated, {TITLE}", fontsize=10)
+    axes.set_title(
+        f"{best.model.name}, {best.setup.sequence_ranks} ranks a sequence of {best.setup.seq}: simulated, {TITLE}",
+        fontsize=10,
+    )

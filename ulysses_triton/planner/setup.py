@@ -45,6 +45,8 @@ class Setup:
         for name, known in (("exchange", EXCHANGES), ("checkpoint", CHECKPOINTS), ("zero", (0, 1, 2, 3))):
             if getattr(self, name) not in known:
                 raise OptionError(f"{name} = {getattr(self, name)!r}; it must be one of {', '.join(map(str, known))}")
+        if self.states < 0:
+            raise OptionError(f"states = {self.states}; the optimiser's bytes for a parameter are at least 0")
         if self.seq < self.sequence_ranks:
             raise OptionError(
                 f"a sequence of {self.seq} tokens leaves some of {self.sequence_ranks} ranks without any; make it "

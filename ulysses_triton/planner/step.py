@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..errors import OptionError
 from .hardware import HOST_ADAM, Cluster
 from .layer import Attention, attention, dense, loss, moves, scores
 from .memory import Memory, memory
@@ -84,6 +85,11 @@ def flops(model: Model, seq: int, whole_mask: bool = False, recomputed: bool = F
 
 def step(model: Model, setup: Setup, cluster: Cluster) -> Step:
     """The step that is predicted."""
+    if setup.gpus != cluster.gpus:
+        raise OptionError(
+            f"{setup.sequence_ranks} x {setup.rows} ranks are {setup.gpus} GPUs, and the cluster has {cluster.gpus}; "
+            "make them equal"
+        )
     phases = dict.fromkeys(
         ("matrix products", "attention", "rows packed and unpacked", "elementwise", "exchange, waited for", "FSDP, "
          "waited for", "computed again", "head and loss", "checkpoints to and from the host, waited for", "optimiser"),
