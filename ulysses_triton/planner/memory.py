@@ -83,9 +83,17 @@ def _states(model: Model, setup: Setup) -> dict[str, float]:
 def _saved(model: Model, setup: Setup) -> float:
     """What a layer keeps for its backward: inputs of norms and products, the rows of attention, O and LSE."""
     rows = Rows.of(model, setup)
-    sent = setup.tokens * setup.item * (model.q_width + 2 * model.kv_width)
-    attention = (sent if setup.recompute_exchange else rows.qkv) + rows.out + 4.0 * setup.tokens * model.heads
+    attention = (
+        (_projected(model, setup) if setup.recompute_exchange else rows.qkv)
+        + rows.out
+        + 4.0 * setup.tokens * model.heads
+    )
     return 4.0 * setup.tokens * model.hidden * setup.item + attention + _mlp(model, setup, 4 if model.gated else 2)
+
+
+def _projected(model: Model, setup: Setup) -> float:
+    """q, k and v of a rank's own tokens, every head once."""
+    return float(setup.tokens * (model.q_width + 2 * model.kv_width) * setup.item)
 
 
 def _mlp(model: Model, setup: Setup, tensors: int) -> float:
@@ -114,7 +122,7 @@ def _backward(model: Model, setup: Setup) -> dict[str, float]:
     found = {
         "exchange buffers": sides * alive * rows.grad_out + (1 + alive * (sides - 1)) * rows.grad_qkv + again,
         "gradients of hidden states": 3.0 * setup.tokens * model.hidden * setup.item,
-        "gradients in attention": rows.grad_qkv,  # of qkv as the projection gave it
+        "gradients of q, k and v": _projected(model, setup),
         "gradients in the MLP": _mlp(model, setup, 3 if model.gated else 2),
     }
     if setup.zero == 3:  # this layer and the next one on its way, and this one's gradient
