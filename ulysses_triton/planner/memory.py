@@ -81,14 +81,16 @@ def _states(model: Model, setup: Setup) -> dict[str, float]:
 
 
 def _saved(model: Model, setup: Setup) -> float:
-    """What a layer keeps for its backward: inputs of norms and products, the rows of attention, O and LSE."""
+    """What a layer keeps for its backward: inputs of norms and products, what attention saves, and the MLP."""
+    hidden = 4.0 * setup.tokens * model.hidden * setup.item
+    return hidden + saved_by_attention(model, setup) + _mlp(model, setup, 4 if model.gated else 2)
+
+
+def saved_by_attention(model: Model, setup: Setup) -> float:
+    """The rows that a rank received (or sent, to exchange them again), O, and LSE in fp32."""
     rows = Rows.of(model, setup)
-    attention = (
-        (_projected(model, setup) if setup.recompute_exchange else rows.qkv)
-        + rows.out
-        + 4.0 * setup.tokens * model.heads
-    )
-    return 4.0 * setup.tokens * model.hidden * setup.item + attention + _mlp(model, setup, 4 if model.gated else 2)
+    kept = _projected(model, setup) if setup.recompute_exchange else rows.qkv
+    return kept + rows.out + 4.0 * setup.tokens * model.heads
 
 
 def _projected(model: Model, setup: Setup) -> float:
@@ -115,12 +117,19 @@ def _logits(model: Model, setup: Setup) -> dict[str, float]:
 
 
 def _backward(model: Model, setup: Setup) -> dict[str, float]:
-    """What the backward pass of one layer needs besides what was saved."""
-    rows, alive = Rows.of(model, setup), min(2, setup.chunks) / setup.chunks  # chunks that are on their way at once
-    sides = 1 if setup.one_sided else 2  # a collective has a buffer to send from besides that to receive in
-    again = rows.qkv * sides * alive if setup.recompute_exchange else 0.0
+    """What the backward pass of one layer needs besides what was saved.
+
+    A call keeps what it received of all chunks until it ends. A collective exchange also has what it sends: while dq,
+    dk and dv of a chunk are on their way, those of the next one are computed, and its dO has just left.
+    """
+    rows, chunks = Rows.of(model, setup), setup.chunks
+    sends = 0 if setup.one_sided else 1
+    two = min(2, chunks) / chunks
+    buffers = rows.grad_out + rows.grad_qkv + sends * (two * rows.grad_qkv + (chunks > 1) * rows.grad_out / chunks)
+    if setup.recompute_exchange:
+        buffers += rows.qkv
     found = {
-        "exchange buffers": sides * alive * rows.grad_out + (1 + alive * (sides - 1)) * rows.grad_qkv + again,
+        "exchange buffers": buffers,
         "gradients of hidden states": 3.0 * setup.tokens * model.hidden * setup.item,
         "gradients of q, k and v": _projected(model, setup),
         "gradients in the MLP": _mlp(model, setup, 3 if model.gated else 2),

@@ -46,10 +46,10 @@ count and so does what checkpointing computes again; ours count the same. Not sa
 rows, nodes of 8 GPUs with 25 GB/s of network each, ZeRO-3, one chunk. Not said either is which kernel attended, and
 whether it computed masked pairs: both are shown, at FlashAttention-2's rates.""",
     "ALST": """\
-arXiv 2506.13996 and its recipe run-h100-sp8-llama-8b.yml: Llama-3.1-8B on H100, ZeRO-3, optimiser and checkpoints on the
-host (1.9 TB), tiled MLP and loss, FlashAttention-2 (335 TFLOP/s forward for causal masks, 322 backward). 590.6 TFLOP/s
-is above what that kernel reaches, so we take it that masked pairs were counted, and what checkpointing computes again.
-What fits is a limit of our layer, with its buffers, against theirs; other counts than 8 are taken to have its recipe.""",
+arXiv 2506.13996 and its recipe run-h100-sp8-llama-8b.yml: Llama-3.1-8B on H100, ZeRO-3, optimiser and checkpoints on
+the host (1.9 TB), tiled MLP and loss, FlashAttention-2 (335 TFLOP/s forward for causal masks, 322 backward). That
+kernel does not reach 590.6 TFLOP/s, so we take it that masked pairs were counted, and what checkpointing computes
+again. What fits is a limit of our layer, with its buffers, against theirs; 1 and 32 GPUs are taken to train alike.""",
     "Accelerate SP=4": """\
 huggingface.co/blog/ulysses-sp: Qwen3-4B on 4 H100, ZeRO-3, gradient checkpointing, no tiled loss, FlashAttention-2,
 8 micro-batches a step. It says that the optimiser was on the host, but 76.4 GB on one GPU and 23.4 on four, both at 8K,
