@@ -151,7 +151,7 @@ def table() -> str:
                 "",
                 f"{group}\n\n{NOTES[group]}",
                 "",
-                f"{'':48}{'':>10}{'published':>11}{'predicted':>11}{'error':>8}",
+                f"{'':48}{'':>10}{'measured':>11}{'predicted':>11}{'error':>8}",
             ]
         numbers = f"{case.unit:>10}{case.published:11,.1f}{case.predicted:11,.1f}{case.error:+8.0%}"
         parts.append(f"{case.what:48}{numbers}")

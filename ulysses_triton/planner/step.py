@@ -21,22 +21,39 @@ from .setup import Setup
 from .walk import walk
 
 
+PHASES = (
+    "matrix products",
+    "attention",
+    "rows packed and unpacked",
+    "elementwise",
+    "exchange, waited for",
+    "FSDP, waited for",
+    "computed again",
+    "head and loss",
+    "checkpoints on their way, waited for",
+    "optimiser",
+)
+
+
 @dataclass(frozen=True)
 class Pass:
-    """A layer, forward or backward: seconds that it computes, by what; that it waits; and of all that travels."""
+    """A layer, forward or backward: seconds that it computes, by what; that it waits; and that links are in use."""
 
     computing: dict[str, float]
     exposed: float
-    travelling: float
+    exchanging: float
+    moving: float  # of FSDP
+    hosted: float  # of checkpoints to or from the host, over a link of their own
 
     @property
     def alone(self) -> float:
-        """Seconds if nothing of FSDP were in the way."""
+        """Seconds if nothing else used the links."""
         return sum(self.computing.values()) + self.exposed
 
     @property
-    def seconds(self) -> float:
-        return max(self.alone, self.travelling)
+    def shared(self) -> float:
+        """Seconds with FSDP's collectives on the same links."""
+        return max(self.alone, self.exchanging + self.moving)
 
 
 @dataclass(frozen=True)
@@ -90,50 +107,40 @@ def step(model: Model, setup: Setup, cluster: Cluster) -> Step:
             f"{setup.sequence_ranks} x {setup.rows} ranks are {setup.gpus} GPUs, and the cluster has {cluster.gpus}; "
             "make them equal"
         )
-    phases = dict.fromkeys(
-        ("matrix products", "attention", "rows packed and unpacked", "elementwise", "exchange, waited for", "FSDP, "
-         "waited for", "computed again", "head and loss", "checkpoints to and from the host, waited for", "optimiser"),
-        0.0,
-    )  # fmt: skip
+    phases = dict.fromkeys(PHASES, 0.0)
     exchange = 0.0
     first = moves(model.layer_parameters + model.head_parameters, setup, cluster).gather
     for number in range(setup.micro_batches):
         last = number == setup.micro_batches - 1
         for windowed, layers in ((False, model.layers - model.windowed), (True, model.windowed)):
-            forward, backward, again = passes(model, setup, cluster, windowed, last)
-            for one in (forward, backward):
+            for one in passes(model, setup, cluster, windowed, last):
                 for name, seconds in one.computing.items():
                     phases[name] += layers * seconds
                 phases["exchange, waited for"] += layers * one.exposed
-                phases["FSDP, waited for"] += layers * (one.seconds - one.alone)
-            phases["checkpoints to and from the host, waited for"] += layers * sum(
-                max(0.0, hosted(model, setup, cluster) - one.seconds) for one in (forward, backward)
-            )
-            exchange += layers * sum(
-                (1 + (again and not back)) * attention(model, setup, cluster, windowed, back).exchanging
-                for back in (False, True)
-            )
+                phases["FSDP, waited for"] += layers * (one.shared - one.alone)
+                phases["checkpoints on their way, waited for"] += layers * max(0.0, one.hosted - one.shared)
+                exchange += layers * one.exchanging
         phases["FSDP, waited for"] += first
         phases["head and loss"] += ending(model, setup, cluster, last)
     phases["optimiser"] = optimiser(model, setup, cluster)
     return Step(model, setup, cluster, phases, exchange, memory(model, setup, cluster))
 
 
-def passes(model: Model, setup: Setup, cluster: Cluster, windowed: bool, last: bool) -> tuple[Pass, Pass, bool]:
-    """A layer forward and backward, and whether backward computes forward again first.
+def passes(model: Model, setup: Setup, cluster: Cluster, windowed: bool, last: bool) -> tuple[Pass, Pass]:
+    """A layer forward and backward.
 
     `last`: of the step's micro-batches, when gradients that are whole on every rank are reduced.
     """
     moving = moves(model.layer_parameters, setup, cluster)
-    again = setup.checkpoint != "none"
+    reduce = moving.reduce if setup.zero == 3 or last else 0.0
     calls = [attention(model, setup, cluster, windowed, back) for back in (False, True)]
-    parts = [computing(model, setup, cluster, calls[back], bool(back)) for back in (0, 1)]
-    waits = [exposed(call) for call in calls]
-    forward = Pass(parts[0], waits[0], moving.gather + calls[0].exchanging)
-    travelling = moving.gather + calls[1].exchanging + again * calls[0].exchanging
-    travelling += moving.reduce if setup.zero == 3 or last else 0.0
-    backward = parts[1] | {"computed again": sum(parts[0].values()) if again else 0.0}
-    return forward, Pass(backward, waits[1] + again * waits[0], travelling), again
+    parts = [computing(model, setup, cluster, call, back) for call, back in zip(calls, (False, True), strict=True)]
+    waits, busy = [exposed(call) for call in calls], [call.exchanging for call in calls]
+    away = hosted(model, setup, cluster)
+    forward = Pass(parts[0], waits[0], busy[0], moving.gather, away)
+    again = setup.checkpoint != "none"  # backward computes forward first
+    backward = parts[1] | {"computed again": again * sum(parts[0].values())}
+    return forward, Pass(backward, waits[1] + again * waits[0], busy[1] + again * busy[0], moving.gather + reduce, away)
 
 
 def computing(model: Model, setup: Setup, cluster: Cluster, call: Attention, backward: bool) -> dict[str, float]:
