@@ -92,7 +92,7 @@ def _bottlenecks(s: Step) -> list[str]:
 def _simulated(s: Step, simulation: Simulation | None) -> list[str]:
     if simulation is None:
         return []
-    slower = simulation.seconds / s.seconds - 1
+    slower = round(simulation.seconds / s.seconds - 1, 3) + 0.0  # never -0.0
     return [
         f"simulated     {simulation.seconds:.3f} s rank by rank over the fat tree with its stragglers ({slower:+.1%}); "
         f"a rank waits {simulation.waiting:.3f} s of it"

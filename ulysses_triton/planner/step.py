@@ -20,7 +20,6 @@ from .models import Model
 from .setup import Setup
 from .walk import walk
 
-
 PHASES = (
     "matrix products",
     "attention",
