@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import doctor, timeline_command, tuning, verify
+from . import doctor, plan_command, timeline_command, tuning, verify
 from .errors import OptionError, UlyssesError
 from .training import compare, data, launch, loop, report, run_directory
 from .training.config import DEFAULT_STAGES, ModelConfig, Stage, TrainConfig, from_json
@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_command(commands)
     tuning.add_command(commands)
     timeline_command.add_command(commands)
+    plan_command.add_command(commands)
     return parser
 
 
