@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -15,6 +18,8 @@ pytest.importorskip("transformers")
 
 import test_transformers as models  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+import transformers  # noqa: E402
+from pool import Exit  # noqa: E402
 from torch.distributed.device_mesh import DeviceMesh  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
 from transformers import (  # noqa: E402
@@ -27,7 +32,7 @@ from transformers import (  # noqa: E402
 )
 from transformers.generation.streamers import BaseStreamer  # noqa: E402
 
-from ulysses_triton import OptionError, UlyssesError, UlyssesGroup, run_virtual, shard_lens  # noqa: E402
+from ulysses_triton import ExchangeError, OptionError, UlyssesError, UlyssesGroup, run_virtual, shard_lens  # noqa: E402
 from ulysses_triton.integrations.transformers import disable, enable  # noqa: E402
 
 TOLERANCE = 1e-5  # of logits
@@ -332,6 +337,34 @@ def test_compiled_layers() -> None:
     assert torch.equal(model.generate(**call.arguments()).sequences, call.on_one().sequences)
 
 
+def test_a_model_that_leaves_positions_and_logits_to_keep_to_others() -> None:
+    """All logits of the last rank's part come back then."""
+    call = Call("mistral", padding=LEFT)
+
+    class Brief(transformers.MistralForCausalLM):
+        def forward(
+            self, input_ids: Any = None, attention_mask: Any = None, past_key_values: Any = None, **k: Any
+        ) -> Any:
+            seen.append("position_ids" in k)
+            return super().forward(input_ids, attention_mask, past_key_values=past_key_values, **k)
+
+    def build() -> Any:
+        model = call.build()
+        model.__class__ = Brief
+        return model
+
+    seen: list[bool] = []
+    one, ranks = build(), [build(), build()]
+    one.set_attn_implementation("eager")
+    expected = one.generate(**call.arguments()).sequences
+
+    def run(group: UlyssesGroup) -> Tensor:
+        enable(ranks[group.rank], group, attention="reference")
+        return ranks[group.rank].generate(**call.arguments()).sequences
+
+    assert all(torch.equal(found, expected) for found in run_virtual(2, run)) and not any(seen)
+
+
 def test_one_rank_without_a_group() -> None:
     call = Call("mistral", padding=LEFT)
     model = call.build()
@@ -450,13 +483,48 @@ def test_an_error_of_one_rank_is_every_ranks() -> None:
     def run(group: UlyssesGroup) -> str:
         enable(built[group.rank], group, attention="reference")
         given = call.arguments() | ({"streamer": Failing()} if group.rank else {})
-        with pytest.raises((ZeroDivisionError, OptionError)) as caught:
+        with pytest.raises((ZeroDivisionError, ExchangeError)) as caught:
             built[group.rank].generate(**given)
         return str(caught.value)
 
     said = run_virtual(2, run)
     assert "rank 1 refused this call: generate failed with ZeroDivisionError: the last line" in said[0]
     assert said[1] == "the last line"
+
+
+def dying(ctx: Any, call: Call) -> str:
+    class Last(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            if input_ids.size(1) == 40 and ctx.rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return scores
+
+    with UlyssesGroup(ctx.group, timeout=timedelta(seconds=20)) as group:
+        model = call.build()
+        enable(model, group, attention="reference")
+        with pytest.raises(ExchangeError) as caught:
+            model.generate(**call.arguments(), logits_processor=LogitsProcessorList([Last()]))
+        return str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_generation_on_all(pool: Any) -> None:
+    first, second = pool.fresh(2, dying, Call())
+    assert isinstance(first, str) and isinstance(second, Exit)
+
+
+def test_a_cache_of_a_generate_that_failed_is_refused() -> None:
+    call = Call()
+    model = call.build()
+    enable(model, attention="reference")
+    cache = model.generate(**call.arguments()).past_key_values
+    given = {"input_ids": torch.ones(1, 60, dtype=torch.int64), "past_key_values": cache, "max_new_tokens": 2}
+    norm = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.generate(**given)
+    norm.remove()
+    with pytest.raises(OptionError, match="failed half-way"):
+        model.generate(**given)
 
 
 def test_masks_that_do_not_fit_a_cache() -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..api import Attention
 from ..cache import UlyssesKVCache
-from ..errors import OptionError, ShapeError, UlyssesError
+from ..errors import ExchangeError, OptionError, ShapeError, UlyssesError
 from ..group import UlyssesGroup, told_to_peers
 from ..shard import gathered, shard_lens, shard_sequence
 from .attention import Part
@@ -54,7 +54,7 @@ class ShardedCache:
         self.group = group
         self.kept = UlyssesKVCache(group, capacity=tokens)
         self.real: Tensor | None = None  # bool [B, S], False for padding; None where there is none
-        self.part: Part | None = None  # while a model's forward runs
+        self.part: Part | None = None  # while a model's forward runs, and after one that failed
         self.start = 0  # where this rank's new tokens begin then
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -121,7 +121,7 @@ class Generation:
         except UlyssesError:  # of which the peers know
             raise
         except Exception as error:
-            self.group.refuse(OptionError(f"generate failed with {type(error).__name__}: {error}"))
+            self.group.refuse(ExchangeError(f"generate failed with {type(error).__name__}: {error}"))
             raise
         finally:
             self.running = before
@@ -149,6 +149,8 @@ class Generation:
                 f"past_key_values is a {type(cache).__name__}; over ranks it must be what an earlier generate of this "
                 f"model returned (return_dict_in_generate=True)"
             )
+        if cache is not None and cache.part is not None:
+            raise OptionError("the latest generate with these past_key_values failed half-way: begin anew without them")
         if model.training and any(map(_drops, model.modules())):
             raise OptionError("generate over ranks has no dropout, which this model would do: call model.eval()")
 

@@ -8,6 +8,8 @@ Three things make attention right:
   rank, and hands both to the layers as a keyword argument: arguments are what gradient checkpointing keeps;
 - `attend`, registered with the attention interface, calls `ulysses_attention`;
 - `mask`, registered with the mask interface, builds nothing: it refuses what is no causal, sliding or padding mask.
+
+`generate` of an enabled model is that of `generation`.
 """
 
 from __future__ import annotations
