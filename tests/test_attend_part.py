@@ -188,6 +188,21 @@ def test_parts_end_where_tiles_do(launchers, queries: range) -> None:
         run_part(launchers, SHORT, problem(SHORT, memory), memory, queries, 300)
 
 
+@pytest.mark.parametrize("launchers", [KERNELS, TWINS], ids=["triton", "reference"])
+@pytest.mark.parametrize("name", ["more queries GQA", "window", "documents mixed window"])
+def test_last_queries_begin_anywhere_in_forward(launchers, name: str) -> None:
+    case = CASES[name]
+    p = problem(case, Memory(True))
+    found = {}
+    with with_tiles(**TILES):
+        for first in (0, 137, case.S - 1):
+            options = case.options if first == 0 else case.options_of(range(first, case.S))
+            found[first] = p.q.new_empty(case.S - first, case.B, case.hq, case.Dv)
+            launchers[0](p.q[first:], p.k, p.v, [Span(0, (found[first], None))], None, options)
+    for first, out in found.items():
+        torch.testing.assert_close(out, found[0][first:], rtol=1e-5, atol=1e-5)
+
+
 def test_tiles_of_a_part_are_those_of_the_whole_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
     """What they are looked up by is the same, so that every query gets the same bits."""
     asked, look_up = [], _config.tiles

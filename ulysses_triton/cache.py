@@ -38,6 +38,7 @@ from .shard import gathered
 from .spec import Problem
 
 ATTENTIONS = ("auto", "triton", "aten", "reference")
+# What a call over a cache does not have; "callable" is for whole heads, however the ranks divide them.
 _UNUSED: dict[str, Any] = dict.fromkeys(Call._fields[:TENSORS]) | {
     "captured": [], "heads": 0, "kv_heads": 0, "kv_lens": [], "dropout_p": 0.0, "dropout_seed": None, "predicate": "",
     "rope_interleaved": False, "rope_dim": 0, "norm_eps": 0.0, "attention": "callable", "chunks": 1, "cuts": [],
@@ -124,7 +125,7 @@ class UlyssesKVCache:
             given = {
                 "q": q, "k": k, "v": v, "sinks": sinks, "slopes": alibi_slopes, "group": group.name,
                 "lens": list(lens or ()), "causal": bool(causal), "window": list(window or ()), "softcap": softcap,
-                "scale": float(max(*q.shape[-1:], 1) ** -0.5 if scale is None else scale),
+                "scale": float(max((*q.shape[-1:], 1)) ** -0.5 if scale is None else scale),
             }  # fmt: skip
             problem, inputs = describe(group, Call(**_UNUSED | given))
             check_packing(segment_ids, None, None, q.shape, True)
@@ -150,7 +151,7 @@ class UlyssesKVCache:
                 piece = Piece(*share, past, past + new, holder=0, last=True)
                 options = piece_options(whole, inputs._replace(documents=tables), piece, past + new)
                 local.attend_forward(rows[0], *known.first(past + new), [Span(0, (o, None))], None, options)
-            sent = o.repeat(group.size, 1, 1, 1) if replicated else o  # to every rank the output of its tokens: of all
+            sent = o.repeat(group.size, 1, 1, 1) if replicated else o  # to each rank its tokens' output: or that of all
             out = executor.exchange_out(problem, group, inputs, sent)
         group.note(local, place(problem))
         self._layers[layer] = known._replace(length=past + new, ids=ids)
