@@ -407,6 +407,10 @@ REFUSED: dict[str, dict[str, Any]] = {
     "does not take pixel_values": {"pixel_values": torch.ones(1)},
     "does not take custom_generate": {"custom_generate": "someone/something"},
     "past_key_values is a DynamicCache": {"past_key_values": DynamicCache()},
+    "position_ids is [3, 1, 37]": {"position_ids": torch.arange(37).expand(3, 1, 37)},
+    "attention_mask is [1, 30]; expected that of all tokens, [1, 37]": {
+        "attention_mask": torch.arange(30)[None] * 2 + 1
+    },
     "attention_mask ends with padding": {"attention_mask": (torch.arange(37) < 30).long()[None]},
 }
 
@@ -549,7 +553,7 @@ def test_other_models_and_modes() -> None:
     model = call.build()
     enable(model, attention="reference")
     kept = model.generate(**call.arguments()).past_key_values
-    with pytest.raises(OptionError, match="only generate decodes with one"):
+    with pytest.raises(OptionError, match="only generate of an enabled model has one"):
         model(call.inputs()["input_ids"], past_key_values=kept)
     model.train()
     model.activation_checkpointing_enable()

@@ -190,14 +190,17 @@ class Generation:
         tokens = next(given[name] for name in INPUTS if given.get(name) is not None)
         past, new = cache.get_seq_length(), tokens.size(1)
         mask = given.pop("attention_mask", None)
+        positions = given.get("position_ids")
         with told_to_peers(group):
             if mask is not None and mask.shape != (tokens.size(0), past + new):
                 raise ShapeError(
                     f"attention_mask is {list(mask.shape)}; expected that of all tokens, {[tokens.size(0), past + new]}"
                 )
+            if positions is not None and positions.dim() != 2:
+                raise ShapeError(f"position_ids is {list(positions.shape)}; over ranks it must be [batch, tokens]")
         group.agree("step of generate", f"tokens={brief(tokens)}")
         cache.real = None if mask is None else mask.bool()
-        ids = None if mask is None else mask[:, past:].long() - 1  # 0, and -1 for padding
+        ids = None if mask is None else mask[:, past:].bool().long() - 1  # 0, and -1 for padding
         lens, cache.start = None, past
         if new >= FEW * group.size and group.size > 1:
             lens = shard_lens(new, group.size)
@@ -272,7 +275,8 @@ def _check_padding(mask: Tensor | None, cache: ShardedCache) -> None:
     if mask is None or cache.real is None:
         differ = mask is not cache.real
     else:
-        differ = not torch.equal(mask[:, : cache.real.size(1)].bool(), cache.real)
+        known = cache.real.to(mask.device)
+        differ = not torch.equal(mask[:, : known.size(1)].bool(), known)
     if differ:
         raise OptionError(
             "the attention_mask does not fit the tokens in past_key_values: pass the one that they were generated "

@@ -93,7 +93,7 @@ class Hooks:
         if getattr(cache, "part", None) is not None:  # in generate
             return (), given
         if cache is not None or given.get("use_cache"):
-            self.fail(OptionError(f"{self.said} was called with a cache; over shards, only generate decodes with one"))
+            self.fail(OptionError(f"{self.said} was called with a cache; only generate of an enabled model has one"))
         return (), given | ({"use_cache": False} if "use_cache" in self.names else {})
 
     def before(self, trunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
