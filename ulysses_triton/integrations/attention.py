@@ -36,6 +36,7 @@ class Part(NamedTuple):
     encoder_lens: tuple[int, ...] | None = None  # every rank's tokens of the encoder's sequence
     encoder_real: Tensor | None = None  # int8 [B, Sk] of all ranks' such tokens, 0 for padding
     cross: bool = False  # this layer attends to the encoder's tokens
+    cache: Any = None  # the ShardedCache of `generate`; without lens, every rank has all tokens that are new to it
 
 
 @masks.register
@@ -83,6 +84,13 @@ def attend(
     window = None if sliding_window is None else (sliding_window - 1, 0 if causal else sliding_window - 1)
     if torch.is_autocast_enabled(query.device.type):  # rotary tables are fp32 there, and so are q and k
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    sinks = None if s_aux is None else s_aux.to(query.dtype)
+    if ulysses.cache is not None:
+        return ulysses.cache.kept.attend(
+            module.layer_idx, q, k, v, lens=ulysses.lens, replicated=ulysses.lens is None, causal=causal, scale=scaling,
+            window=window, softcap=softcap, sinks=sinks, segment_ids=ulysses.documents, attention=ulysses.attention,
+        ), None  # fmt: skip
     options: dict[str, Any]
     if ulysses.cross:
         options = {"kv_lens": ulysses.encoder_lens}
@@ -92,9 +100,8 @@ def attend(
         cu_seqlens, cu_seqlens_k = ulysses.cu_seqlens or (None, None)
         options = {"segment_ids": ulysses.documents, "cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k}
     out = ulysses_attention(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), ulysses.group, causal=causal, scale=scaling,
-        window=window, softcap=softcap, sinks=None if s_aux is None else s_aux.to(query.dtype), dropout_p=dropout,
-        lens=ulysses.lens, attention=ulysses.attention, **options,
+        q, k, v, ulysses.group, causal=causal, scale=scaling, window=window, softcap=softcap, sinks=sinks,
+        dropout_p=dropout, lens=ulysses.lens, attention=ulysses.attention, **options,
     )  # fmt: skip
     assert isinstance(out, Tensor)
     return out, None

@@ -75,7 +75,7 @@ class SequenceShards:
             if lens[-1] == 0:
                 raise ShapeError(f"sequences of {sum(lens)} tokens cannot be sharded over {ranks} ranks: pad them")
         if ranks > 1:
-            self.group.agree("batch", "; ".join(f"{name}={_brief(value)}" for name, value in sorted(tensors.items())))
+            self.group.agree("batch", "; ".join(f"{name}={brief(value)}" for name, value in sorted(tensors.items())))
         if lens[0] != lens[-1]:
             whole["ulysses_lens"] = lens
         return whole | {name: shard_sequence(value, self.group) for name, value in tensors.items()}
@@ -138,7 +138,7 @@ def _positions(inputs: Tensor, offsets: Tensor | None) -> Tensor:
     return positions.expand(batch, tokens)
 
 
-def _brief(value: Tensor) -> str:
+def brief(value: Tensor) -> str:
     """The same text for equal tensors, and for others another; short enough to send."""
     plain = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return f"{list(value.shape)} {value.dtype} {hashlib.blake2b(plain.numpy().data, digest_size=6).hexdigest()}"

@@ -13,7 +13,9 @@ from ..errors import GroupError, OptionError, ShapeError, UlyssesError
 from ..group import UlyssesGroup
 from ..shard import gather_sequence, shard_lens, shard_sequence
 from .attention import NAME, Part
+from .data import INPUTS
 from .documents import document_ids, real_tokens
+from .generation import Generation
 from .models import (
     CROSS,
     counts_positions,
@@ -43,10 +45,9 @@ class Hooks:
         self.start = 0  # where this rank's tokens begin, in the latest forward pass
         self.images = takes_images(model)
         self.lens: tuple[int, ...] = ()  # of an image's patches, likewise
+        self.generation = Generation(model, group, attention) if hasattr(model, "generate") else None
         if not sees_whole(model):
             self.handles.append(model.register_forward_pre_hook(self.check_call, with_kwargs=True))
-        if hasattr(model, "generate"):
-            model.generate = _refuse_generation
 
     def watch_trunk(self, trunk: Any) -> None:
         self.handles.append(trunk.register_forward_pre_hook(self.before, with_kwargs=True))
@@ -65,7 +66,8 @@ class Hooks:
     def remove(self, model: Any) -> None:
         for handle in self.handles:
             handle.remove()
-        model.__dict__.pop("generate", None)
+        if self.generation is not None:
+            self.generation.remove()
         model.set_attn_implementation(self.implementation)
 
     def check_call(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
@@ -87,8 +89,11 @@ class Hooks:
                     f"before sharding and pass shift_labels beside labels, or compute the loss with token_mean"
                 )
             )
-        if given.get("past_key_values") is not None or given.get("use_cache"):
-            self.fail(OptionError(f"{self.said} was called with a cache; decoding over shards is not supported"))
+        cache = given.get("past_key_values")
+        if getattr(cache, "part", None) is not None:  # in generate
+            return (), given
+        if cache is not None or given.get("use_cache"):
+            self.fail(OptionError(f"{self.said} was called with a cache; only generate of an enabled model has one"))
         return (), given | ({"use_cache": False} if "use_cache" in self.names else {})
 
     def before(self, trunk: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
@@ -101,7 +106,10 @@ class Hooks:
                 )
             )
         given = dict(zip(self.names, args, strict=False)) | kwargs
-        given |= self.told_of_patches(trunk, given) if self.images else self.told(given)
+        if getattr(given.get("past_key_values"), "part", None) is not None:
+            given |= self.told_of_cache(given)
+        else:
+            given |= self.told_of_patches(trunk, given) if self.images else self.told(given)
         if not torch.compiler.is_compiling():  # where the number would be a constant
             self.calls = self.group.latest[0]
         return (), given
@@ -155,6 +163,16 @@ class Hooks:
             part = self.with_encoder(part, given, encoded)
         added = {"use_cache": False} if "use_cache" in self.names else {}
         return added | ({"position_ids": positions} if "position_ids" in self.names else {}) | {"ulysses": part}
+
+    def told_of_cache(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The same in `generate`, which has looked at the call."""
+        cache = given["past_key_values"]
+        self.start = cache.start
+        placed = {}
+        if "position_ids" in self.names and given.get("position_ids") is None:
+            tokens = next(given[name] for name in INPUTS if given.get(name) is not None)
+            placed["position_ids"] = torch.arange(self.start, self.start + tokens.size(1), device=tokens.device)[None]
+        return placed | {"ulysses": cache.part}
 
     def told_of_patches(self, trunk: Any, given: dict[str, Any]) -> dict[str, Any]:
         """The same for whole images, whose patches are sharded between the embeddings and the last norm."""
@@ -225,7 +243,3 @@ class Hooks:
         if not torch.compiler.is_compiling():
             self.group.refuse(error)
         raise error
-
-
-def _refuse_generation(*args: Any, **kwargs: Any) -> NoReturn:
-    raise OptionError("generate does not work over shards of a sequence; call disable(model) first, on every rank")

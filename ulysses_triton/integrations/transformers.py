@@ -8,6 +8,8 @@ Three things make attention right:
   rank, and hands both to the layers as a keyword argument: arguments are what gradient checkpointing keeps;
 - `attend`, registered with the attention interface, calls `ulysses_attention`;
 - `mask`, registered with the mask interface, builds nothing: it refuses what is no causal, sliding or padding mask.
+
+`generate` of an enabled model is that of `generation`.
 """
 
 from __future__ import annotations
@@ -44,8 +46,12 @@ def enable(model: nn.Module, group: Groupish = None, *, attention: Attention = "
     ViT gets whole images, alike on every rank. It shards their patches itself, and its output is whole on every rank;
     the gradient is the mean of what the ranks find.
 
-    Outputs are the rank's tokens'. Dropout, gradient checkpointing and torch.compile stay as they are. Decoding with a
-    cache and `generate` raise.
+    Outputs are the rank's tokens'. Dropout, gradient checkpointing and torch.compile stay as they are.
+
+    `generate` is called with the same arguments on every rank: the whole prompt, padded on the left, and returns the
+    same on every rank. It shards the prompt and keeps keys and values where their heads live; rank 0's random numbers
+    are drawn by all. Greedy, sampled and beam search work, `past_key_values` of an earlier `generate`
+    (return_dict_in_generate=True) is continued, and what does not work raises. A streamer may be one rank's only.
 
     Args:
         model: a transformers model whose layers attend through the attention interface, or a module that holds some.
