@@ -55,9 +55,12 @@ def attention(model: Model, setup: Setup, cluster: Cluster, windowed: bool, back
             f"{cluster.node} GPUs; use 'nccl' or 'two_hop'"
         )
     gpu, ranks, chunks = cluster.gpu, setup.sequence_ranks, setup.chunks
-    again = backward and setup.recompute_exchange
+    again = setup.recompute_exchange
+    by_chunk = chunks if again else 1
     steps = (
-        schedule.backward(again, chunks) if backward else schedule.forward(setup.one_sided, chunks)
+        schedule.backward(again, chunks)
+        if backward
+        else schedule.forward(setup.one_sided, chunks, recompute=again)
     )  # fmt: skip
     rows = Rows.of(model, setup)
     stored = setup.one_sided  # kernels store what they compute into the peers' memory
@@ -74,10 +77,10 @@ def attention(model: Model, setup: Setup, cluster: Cluster, windowed: bool, back
     if backward:
         seconds["attend_backward"] = 2 * cluster.launch + max(5 * products / gpu.backward, storing(rows.grad_qkv))
         seconds["pack_grad"] = cluster.launch + max(3 * rows.grad_out / chunks / gpu.copy, storing(rows.grad_out))
-        seconds["unpack_grad"] = cluster.launch + 2 * rows.grad_qkv / gpu.copy
+        seconds["unpack_grad"] = cluster.launch + 2 * rows.grad_qkv / by_chunk / gpu.copy
     else:
         seconds["attend"] = cluster.launch + max(2 * products / gpu.forward, storing(rows.out))
-        seconds["unpack"] = cluster.launch + 2 * rows.out / gpu.copy
+        seconds["unpack"] = cluster.launch + 2 * rows.out / by_chunk / gpu.copy
     seconds["pack"] = cluster.launch + max(2 * rows.qkv / chunks / gpu.copy, storing(rows.qkv))
     return Attention(steps, seconds, sent)
 
