@@ -119,15 +119,15 @@ def _logits(model: Model, setup: Setup) -> dict[str, float]:
 def _backward(model: Model, setup: Setup) -> dict[str, float]:
     """What the backward pass of one layer needs besides what was saved.
 
-    A call keeps what it received of all chunks until it ends. A collective exchange also has what it sends: while dq,
-    dk and dv of a chunk are on their way, those of the next one are computed, and its dO has just left.
+    Received dO goes with its chunk, and one more is on its way. Gradients that came back stay until the call ends, or
+    two chunks of them where rows are exchanged again. A collective exchange also has what it sends: while dq, dk and dv
+    of a chunk are on their way, those of the next one are computed, and its dO has just left.
     """
     rows, chunks = Rows.of(model, setup), setup.chunks
     sends = 0 if setup.one_sided else 1
     two = min(2, chunks) / chunks
-    buffers = rows.grad_out + rows.grad_qkv + sends * (two * rows.grad_qkv + (chunks > 1) * rows.grad_out / chunks)
-    if setup.recompute_exchange:
-        buffers += rows.qkv
+    buffers = two * rows.grad_out + sends * (two * rows.grad_qkv + (chunks > 1) * rows.grad_out / chunks)
+    buffers += two * (rows.grad_qkv + rows.qkv) if setup.recompute_exchange else rows.grad_qkv
     found = {
         "exchange buffers": buffers,
         "gradients of hidden states": 3.0 * setup.tokens * model.hidden * setup.item,
