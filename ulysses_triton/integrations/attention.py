@@ -35,6 +35,7 @@ class Part(NamedTuple):
     cu_seqlens: tuple[Tensor, Tensor] | None  # of queries and keys, in the whole sequence
     encoder_lens: tuple[int, ...] | None = None  # every rank's tokens of the encoder's sequence
     encoder_real: Tensor | None = None  # int8 [B, Sk] of all ranks' such tokens, 0 for padding
+    recompute: str | None = None  # "exchange": attention exchanges again in backward
     cross: bool = False  # this layer attends to the encoder's tokens
 
 
@@ -94,7 +95,8 @@ def attend(
     out = ulysses_attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), ulysses.group, causal=causal, scale=scaling,
         window=window, softcap=softcap, sinks=None if s_aux is None else s_aux.to(query.dtype), dropout_p=dropout,
-        lens=ulysses.lens, attention=ulysses.attention, **options,
+        lens=ulysses.lens, attention=ulysses.attention,
+        recompute=ulysses.recompute, **options,
     )  # fmt: skip
     assert isinstance(out, Tensor)
     return out, None
