@@ -122,7 +122,7 @@ WITHOUT_TORCH = (
     "timeline",
     "timeline_svg",
 )  # pure Python, but for types
-OPTIONAL = {"accelerate", "cupy", "kernels", "matplotlib", "tqdm", "transformers"}
+OPTIONAL = {"accelerate", "cupy", "datasets", "kernels", "matplotlib", "tqdm", "transformers"}
 
 
 @dataclass(frozen=True)

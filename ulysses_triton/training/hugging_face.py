@@ -22,6 +22,8 @@ from torch.nn import functional
 
 from ..errors import OptionError
 from ..group import UlyssesGroup
+from ..integrations.models import is_attention, trunks_of
+from ..integrations.transformers import enable
 from ..shard import IGNORE_INDEX
 from .config import HuggingFaceConfig, TrainConfig
 
@@ -64,7 +66,8 @@ def read_config(source: str, overrides: Sequence[str] = ()) -> HuggingFaceConfig
     """The configuration at `source`: a config.json, a folder with one, or a name on the Hugging Face hub.
 
     `overrides` are texts such as "num_hidden_layers=2,hidden_size=128"; values are JSON, or else plain text. With fewer
-    layers, `layer_types` is cut, too. Raises OptionError for what transformers cannot make a model of.
+    layers, `layer_types` is cut, too. Raises OptionError for what transformers cannot make a causal model of, and for a
+    model with a layer that would be wrong on a shard.
     """
     values, _ = local_first(source, lambda **where: transformers().PreTrainedConfig.get_config_dict(source, **where))
     values = {name: value for name, value in values.items() if name != "_commit_hash"}
@@ -79,7 +82,8 @@ def read_config(source: str, overrides: Sequence[str] = ()) -> HuggingFaceConfig
     if isinstance(layers, int) and "layer_types" not in given and values.get("layer_types"):
         given["layer_types"] = values["layer_types"][:layers]
     config = HuggingFaceConfig(source, values | given)
-    vocabulary(config)
+    with torch.device("meta"):
+        trunks_of(_model(config))
     return config
 
 
@@ -95,23 +99,9 @@ class CausalModel(nn.Module):
     """
 
     def __init__(self, config: TrainConfig, group: UlyssesGroup) -> None:
-        from ..integrations.transformers import enable
-
         assert isinstance(config.model, HuggingFaceConfig)
         super().__init__()
-        made, auto = _made(config.model), transformers().AutoModelForCausalLM
-        if type(made) not in auto._model_mapping:
-            raise OptionError(f"{config.model.source} is the configuration of no causal language model: {type(made)}")
-        if getattr(made.get_text_config(), "output_router_logits", False):
-            raise OptionError(
-                "output_router_logits asks for a loss that balances experts, which is not added over shards; "
-                "--set output_router_logits=false"
-            )
-        self.inner: Any = _asked(
-            config.model,
-            lambda: auto.from_config(made, dtype=torch.float32),  # whatever it was saved in
-        )
-        _require_causal(self.inner)
+        self.inner = _model(config.model)
         enable(self.inner, group, recompute=config.recompute)
         if config.checkpoint_activations:
             if not self.inner.supports_gradient_checkpointing:
@@ -168,12 +158,21 @@ def _asked(config: HuggingFaceConfig, make: Callable[[], Found]) -> Found:
         ) from error
 
 
-def _require_causal(model: nn.Module) -> None:
-    from ..integrations.models import is_attention
-
+def _model(config: HuggingFaceConfig) -> Any:
+    """The model, in fp32 whatever it was saved in. Raises OptionError if it is none that can be trained here."""
+    made, auto = _made(config), transformers().AutoModelForCausalLM
+    if type(made) not in auto._model_mapping:
+        raise OptionError(f"{config.source} is a {type(made).__name__}, of which there is no causal language model")
+    if getattr(made.get_text_config(), "output_router_logits", False):
+        raise OptionError(
+            f"{config.source} asks for a loss that balances experts (output_router_logits), which is not added over "
+            "shards; --set output_router_logits=false"
+        )
+    model = _asked(config, lambda: auto.from_config(made, dtype=torch.float32))
     for name, layer in model.named_modules():
         if is_attention(layer) and not getattr(layer, "is_causal", True):
             raise OptionError(
                 f"{name} ({type(layer).__name__}) sees the tokens that it should foretell; only causal models can be "
-                f"trained to foretell them (--set is_decoder=true, where the model has that)"
+                "trained to foretell them (--set is_decoder=true, where the model has that)"
             )
+    return model
