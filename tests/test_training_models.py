@@ -6,26 +6,32 @@ The reference is transformers' own model with its own attention, on one process 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from torch.nn import functional
 from training_command import TEXT, finish, losses, read_metrics, start
 
+import ulysses_triton
 from ulysses_triton import cli
-from ulysses_triton.training import checkpoint, data, hugging_face, launch, loop, run_directory
+from ulysses_triton.integrations import memory
+from ulysses_triton.training import checkpoint, data, hugging_face, launch, loop, offload, run_directory, tiles
 from ulysses_triton.training.config import HuggingFaceConfig, ModelConfig, Stage, TrainConfig, learning_rate
 
-STEPS, LENGTH = 6, 257  # 129 tokens on rank 0, 128 on rank 1
+STEPS, LAYERS, LENGTH = 6, 2, 257  # 129 tokens on rank 0, 128 on rank 1
 SMALL = {
-    "vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": None, "bos_token_id": None, "eos_token_id": 0,
+    "vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": None, "bos_token_id": None,
+    "eos_token_id": 0,
 }  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
     "llama": SMALL | {"model_type": "llama"},
@@ -51,29 +57,60 @@ MEMORY: dict[str, dict[str, Any]] = {
     "chunks": {"chunks": 2},
     "recompute": {"recompute": "exchange"},
     "checkpointed": {"checkpoint_activations": True},
+    "tiled": {"tile": 100},
+    "offloaded": {"offload": True},
+    "all": {"chunks": 2, "recompute": "exchange", "tile": 100, "offload": True},
 }
-EXACT = ["recompute", "checkpointed"]
+OWNERS = {module.__name__: module for module in (tiles, memory)}  # of what goes over tiles
+EXACT = ["recompute", "checkpointed", "offloaded"]
 BUILT_IN = ModelConfig(width=32, head_dim=16, hidden=96)
 
 
-def runs_of(ranks: int) -> dict[str, TrainConfig]:
-    """Those of so many ranks, which share their processes."""
+def runs() -> dict[str, TrainConfig]:
     found = {name: {"model": HuggingFaceConfig("a test", values)} for name, values in MODELS.items()}
     found["dropping_gpt2"]["checkpoint_every"] = STEPS // 2
-    if ranks == 2:
-        found |= MEMORY
-        found |= {f"built_in_{name}": {"model": BUILT_IN, **options} for name, options in MEMORY.items()}
-        found["built_in"] = {"model": BUILT_IN}
-        found["data_parallel"] = {"data_parallel": 2}
-        found["accumulated"] = {"accumulate": 2}
-        found["bf16"] = {"dtype": "bf16"}
-    return {name: dataclasses.replace(BASE, ranks=ranks, **options) for name, options in found.items()}
+    found |= MEMORY
+    found |= {f"built_in_{name}": {"model": BUILT_IN, **options} for name, options in MEMORY.items()}
+    found |= {"built_in": {"model": BUILT_IN}, "bf16": {"dtype": "bf16"}}
+    found |= {"data_parallel": {"data_parallel": 2}, "accumulated": {"accumulate": 2}}
+    return {name: dataclasses.replace(BASE, **options) for name, options in found.items()}
 
 
 def train_all(config: TrainConfig) -> None:
-    """Every run of `config.ranks` ranks, one after another, under `config.out`; a task for ranks."""
-    for name, its in runs_of(config.ranks).items():
-        loop.run(dataclasses.replace(its, out=str(Path(config.out, name))))
+    """Every run, one after another, under `config.out`, and what it did; a task for ranks.
+
+    A run with dropout is made to go on from the middle of a copy of itself.
+    """
+    offload.HostOffload.__init__.__defaults__ = (0,)  # layers are small here
+    for name, its in runs().items():
+        folder = Path(config.out, name)
+        did: Counter[str] = Counter()
+        with pytest.MonkeyPatch.context() as patch, ulysses_triton.trace() as trace:
+            for owner, function in ((offload._Copy, "__init__"), *((owner, "over_tiles") for owner in OWNERS.values())):
+                patch.setattr(owner, function, counted(getattr(owner, function), did, owner.__name__))
+            loop.run(dataclasses.replace(its, out=str(folder)))
+        did.update(f"{event.what} {event.step}" for event in trace.events)
+        if dist.get_rank() == 0:
+            (folder / "did.json").write_text(json.dumps(did))
+    again = Path(config.out, "again")
+    if dist.get_rank() == 0:
+        shutil.copytree(Path(config.out, "dropping_gpt2"), again)
+        shutil.rmtree(again / checkpoint.FOLDER / f"step-{STEPS:06d}")
+    dist.barrier()
+    loop.resume(dataclasses.replace(runs()["dropping_gpt2"], out=str(again)))
+
+
+def counted(function: Any, counts: Counter[str], name: str) -> Any:
+    @functools.wraps(function)
+    def count(*arguments: Any, **options: Any) -> Any:
+        counts[name] += 1
+        return function(*arguments, **options)
+
+    return count
+
+
+def did(folder: Path, name: str) -> Counter[str]:
+    return Counter(json.loads((folder / name / "did.json").read_text()))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +119,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)  # ranks inherit the environment
         patch.setenv("ULYSSES_TRITON_CACHE", str(folder / "cache"))
-        launch.run_on_own_ranks(train_all, dataclasses.replace(BASE, ranks=2, out=str(folder)))
+        launch.run_on_own_ranks(train_all, dataclasses.replace(BASE, out=str(folder)))
         yield folder
 
 
@@ -112,7 +149,7 @@ def reference_losses(config: TrainConfig) -> list[float]:
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_moe"])
 def test_losses_are_those_of_transformers_alone(trained: Path, name: str) -> None:
-    expected = reference_losses(runs_of(2)[name])
+    expected = reference_losses(runs()[name])
     assert expected[-1] < expected[0] - 0.3
     assert losses(trained / name).tolist() == pytest.approx(expected, abs=1e-5)
 
@@ -135,24 +172,29 @@ def test_bf16_computes_in_bf16_and_learns_as_fp32_does(trained: Path) -> None:
     assert 0 < (losses(trained / "llama") - losses(trained / "bf16")).abs().max() < 2e-2
 
 
-def go_on(config: TrainConfig) -> None:
-    loop.resume(config)
+@pytest.mark.parametrize("prefix", ["", "built_in_"])
+def test_memory_options_do_what_they_say(trained: Path, prefix: str) -> None:
+    plain = did(trained, prefix.rstrip("_") or "llama")
+    assert plain["_Copy"] == 0
+    assert did(trained, f"{prefix}offloaded")["_Copy"] > 0
+    over_tiles = {name: count for name, count in did(trained, f"{prefix}tiled").items() if name in OWNERS}
+    assert len(over_tiles) == (1 if prefix else 2)  # `memory` has the loss of transformers' models
+    assert sum(over_tiles.values()) >= STEPS * (LAYERS + 1)
+    attends = "attention attend"
+    assert did(trained, f"{prefix}chunks")[attends] == 2 * plain[attends] > 0
+    assert did(trained, f"{prefix}recompute").total() > plain.total()
 
 
-def test_a_run_goes_on_bit_for_bit_with_dropout_too(trained: Path, tmp_path: Path) -> None:
-    whole, again = trained / "dropping_gpt2", tmp_path / "again"
-    shutil.copytree(whole, again)
-    newest = checkpoint.newest(again)
-    assert newest is not None and newest.step == STEPS
-    shutil.rmtree(newest.path)
-    launch.run_on_own_ranks(go_on, dataclasses.replace(runs_of(2)["dropping_gpt2"], out=str(again)))
+def test_a_run_goes_on_bit_for_bit_with_dropout_too(trained: Path) -> None:
+    whole, again = trained / "dropping_gpt2", trained / "again"
     assert torch.equal(losses(whole), losses(again))
     summaries = [run_directory.read_summary(run) for run in (whole, again)]
     assert summaries[0]["held_out_loss"] == summaries[1]["held_out_loss"]
+    assert json.loads((again / "config.json").read_text())["resumed"][0]["after_step"] == STEPS // 2
 
 
 def test_the_command_trains_a_published_model_made_small(tmp_path: Path) -> None:
-    """As a user runs it: overrides, JSONL, no held-out text; and goes on without the files it was started from."""
+    """As a user runs it: overrides, JSONL, no held-out text."""
     model = {
         "model_type": "gemma2",
         "layer_types": ["sliding_attention", "full_attention"] * 13,
@@ -161,13 +203,13 @@ def test_the_command_trains_a_published_model_made_small(tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps(model))
     rows = [json.dumps({"story": f"{number} and {number + 1} " * 9}) for number in range(60)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    small = {**SMALL, "num_hidden_layers": 1, "pad_token_id": "null"}
+    small = {**SMALL, "num_hidden_layers": 1, "pad_token_id": "null", "bos_token_id": "null"}
     process = start(
-        "--model", f"hf:{tmp_path}", "--set", ",".join(f"{name}={value}" for name, value in small.items() if value is not None),
-        "--set", "bos_token_id=null", "--text", tmp_path / "rows.jsonl", "--column", "story", "--ranks", 2, "--threads", 1,
+        "--model", f"hf:{tmp_path}", "--set", ",".join(f"{name}={value}" for name, value in small.items()),
+        "--text", tmp_path / "rows.jsonl", "--column", "story", "--ranks", 2, "--threads", 1,
         "--steps", 2, "--sequence-length", 64, "--held-out", 0, "--lr", "1e-3", "--out", tmp_path / "run", tiny=False,
     )  # fmt: skip
-    status, out, err = finish(process)
+    status, out, err = finish(process, timeout=280)
     assert status == 0, err
     described = json.loads((tmp_path / "run" / "config.json").read_text())
     assert described["model"]["values"]["layer_types"] == ["sliding_attention"]
@@ -239,7 +281,7 @@ def test_a_model_that_is_not_there(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for model, said in (
         ("hf:no/such", "no/such is no file or folder that can be read, nor in Hugging Face's cache, nor on its hub"),
-        (f"hf:{tmp_path}", f"{tmp_path} is no file or folder that can be read"),
+        (f"hf:{tmp_path}", f"there is no config.json in {tmp_path}"),
         ("llama", "--model llama: it begins with hf:"),
     ):
         assert cli.main(["train", "--device", "cpu", "--model", model, "--out", str(tmp_path / "run")]) == 2

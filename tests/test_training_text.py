@@ -84,12 +84,12 @@ def test_without_a_tokenizer_rows_are_bytes_with_a_zero_at_their_end(kind: str, 
 def test_large_vocabularies_need_wider_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: str) -> None:
     paths = written(tmp_path, "jsonl")
     for vocabulary, dtype in ((65536, torch.uint16), (65537, torch.int32)):
-        monkeypatch.setattr(tokens.Tokenizer, "identity", str(vocabulary))
         made = tokens.Tokenizer(tokenizer)
         made.vocabulary = vocabulary
-        monkeypatch.setattr(tokens, "Tokenizer", lambda name, made=made: made)
-        text = tokens.read_text(paths, tokenizer=tokenizer)
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(tokens.Tokenizer, "identity", str(vocabulary))
+            patch.setattr(tokens, "Tokenizer", lambda name, made=made: made)
+            text = tokens.read_text(paths, tokenizer=tokenizer)
         assert text.content.dtype == dtype
         assert text.content.tolist() == by_hand()
         windows = data.TrainingWindows(text.content, 4, seed=0)

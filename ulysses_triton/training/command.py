@@ -137,6 +137,18 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         choices=("exchange",),
     )
     option(
+        "--tile",
+        "compute MLPs and the loss for so many tokens of a rank at once, and again in backward (default: for all)",
+        type=int,
+        metavar="N",
+    )
+    option(
+        "--offload",
+        "checkpoint activations, in host memory from where they are fetched ahead in backward",
+        action="store_const",
+        const=True,
+    )
+    option(
         "--held-out",
         "windows of the text's end that the loss at the end is taken on; 0 for none",
         default.held_out,
@@ -204,7 +216,7 @@ def _run(config: TrainConfig, *, resumed: bool) -> None:
 
 def _new_config(arguments: argparse.Namespace) -> TrainConfig:
     options = ["accumulate", "lr", "seed", "dtype", "checkpoint_activations", "checkpoint_every", "keep"]
-    options += ["column", "tokenizer", "chunks", "recompute", "held_out"]
+    options += ["column", "tokenizer", "chunks", "recompute", "tile", "offload", "held_out"]
     return TrainConfig(
         out=run_directory.fresh_path() if arguments.out is None else arguments.out,
         text=tuple(arguments.text or ()),

@@ -108,6 +108,8 @@ class TrainConfig:
     checkpoint_activations: bool = False
     chunks: int = 1  # that a rank's heads are exchanged in
     recompute: str | None = None  # "exchange": attention keeps only its inputs for backward and exchanges again
+    tile: int | None = None  # tokens of a rank that MLPs and the loss are computed for at once; None: all
+    offload: bool = False  # activation checkpoints go to host memory; turns checkpoint_activations on
     held_out: int = 16  # windows that the loss at the end is taken on; 0: none
     checkpoint_every: int = 100  # steps; 0 for none
     keep: int = 2  # checkpoints
@@ -143,6 +145,7 @@ class TrainConfig:
             self.checkpoint_every >= 0,
             f"checkpoint_every is {self.checkpoint_every}; it must not be negative (0: none)",
         )
+        _require(self.tile is None or self.tile >= 1, f"tile is {self.tile}; it must be at least 1 token")
         _require(self.held_out >= 0, f"held_out is {self.held_out}; it must not be negative (0: none)")
         _require(
             self.recompute in (None, "exchange"), f"recompute is {self.recompute!r}; it must be 'exchange' or left out"

@@ -18,14 +18,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from ..errors import OptionError
 from ..group import UlyssesGroup
+from ..integrations.memory import save_memory
 from ..integrations.models import is_attention, trunks_of
 from ..integrations.transformers import enable
-from ..shard import IGNORE_INDEX
 from .config import HuggingFaceConfig, TrainConfig
+from .model import cross_entropy_sum
 
 PREFIX = "hf:"
 _BETWEEN = re.compile(r",(?=\s*\w+\s*=)")  # a value may have commas of its own: layer_types=["a", "b"]
@@ -71,6 +71,8 @@ def read_config(source: str, overrides: Sequence[str] = ()) -> HuggingFaceConfig
     """
     values, _ = local_first(source, lambda **where: transformers().PreTrainedConfig.get_config_dict(source, **where))
     values = {name: value for name, value in values.items() if name != "_commit_hash"}
+    if not values:
+        raise OptionError(f"there is no config.json in {source}")
     if "model_type" not in values:
         raise OptionError(f"the config.json of {source} names no model_type, so transformers cannot tell what it is of")
     made = _made(HuggingFaceConfig(source, values))
@@ -103,10 +105,12 @@ class CausalModel(nn.Module):
         super().__init__()
         self.inner = _model(config.model)
         enable(self.inner, group, recompute=config.recompute)
-        if config.checkpoint_activations:
+        if config.checkpoint_activations or config.offload:
             if not self.inner.supports_gradient_checkpointing:
                 raise OptionError(f"{type(self.inner).__name__} cannot checkpoint activations; leave the option out")
             self.inner.gradient_checkpointing_enable({"use_reentrant": False})
+        save_memory(self.inner, tile=config.tile, offload=config.offload)
+        self.tile = config.tile
         self.placed = "position_ids" in inspect.signature(self.inner.forward).parameters
 
     @property
@@ -120,11 +124,13 @@ class CausalModel(nn.Module):
         self, tokens: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor, lens: Sequence[int] | None = None
     ) -> torch.Tensor:
         """The sum of the losses of `tokens` [B, L] with their `labels` [B, L], as `LanguageModel` does."""
-        placed = {"position_ids": positions[None]} if self.placed else {}
-        logits = self.inner(input_ids=tokens, use_cache=False, ulysses_lens=lens, **placed).logits
-        return functional.cross_entropy(
-            logits.float().flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=IGNORE_INDEX
-        )
+        given: dict[str, Any] = {"input_ids": tokens, "use_cache": False, "ulysses_lens": lens}
+        if self.placed:
+            given["position_ids"] = positions[None]
+        if self.tile is not None and self.training:  # labels are shifted already, and their losses are to be added up
+            loss: torch.Tensor = self.inner(**given, labels=labels, shift_labels=labels, num_items_in_batch=1).loss
+            return loss
+        return cross_entropy_sum(self.inner(**given).logits, labels)
 
 
 def _override(text: str) -> tuple[str, Any]:

@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from .. import UlyssesGroup, ulysses_qkv_attention
 from ..shard import IGNORE_INDEX
 from .config import ModelConfig, TrainConfig
+from .offload import HostOffload
+from .tiles import loss_sum, tile_tokens
 
 Q_GAIN = 4.0  # normalised queries and keys alone cannot tell one key among thousands from the others
 
@@ -72,26 +74,28 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. With `checkpointed` it keeps only its input for backward.
+    """One layer. With `checkpoint` it keeps only its input for backward, with `offload` in host memory.
 
     The recomputation is inside the module, so that FSDP's hooks, which gather the parameters, are around it.
     """
 
-    def __init__(
-        self, config: ModelConfig, group: UlyssesGroup, *, recompute: str | None = None, checkpointed: bool = False
-    ) -> None:
+    def __init__(self, config: TrainConfig, group: UlyssesGroup, offload: HostOffload | None) -> None:
         super().__init__()
-        self.checkpointed = checkpointed
-        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.attention = Attention(config, group, recompute)
-        self.feed_forward_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.feed_forward = SwiGLU(config)
+        assert isinstance(config.model, ModelConfig)
+        shape = config.model
+        self.checkpoint = offload.checkpoint if offload else checkpoint if config.checkpoint_activations else None
+        self.attention_norm = nn.RMSNorm(shape.width, eps=shape.norm_eps)
+        self.attention = Attention(shape, group, config.recompute)
+        self.feed_forward_norm = nn.RMSNorm(shape.width, eps=shape.norm_eps)
+        self.feed_forward = SwiGLU(shape)
+        if config.tile is not None:
+            tile_tokens(self.feed_forward, config.tile)
 
     def forward(
         self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], lens: Sequence[int] | None
     ) -> torch.Tensor:
-        if self.checkpointed and torch.is_grad_enabled():
-            return checkpoint(
+        if self.checkpoint and torch.is_grad_enabled():
+            return self.checkpoint(
                 self._forward, x, rope, lens, use_reentrant=False, preserve_rng_state=False
             )  # no random numbers here
         return self._forward(x, rope, lens)
@@ -109,12 +113,11 @@ class LanguageModel(nn.Module):
     def __init__(self, config: TrainConfig, group: UlyssesGroup) -> None:
         super().__init__()
         assert isinstance(config.model, ModelConfig)
-        self.config = shape = config.model
+        self.config, self.tile = config.model, config.tile
+        shape = config.model
         self.embedding = nn.Embedding(shape.vocabulary, shape.width)
-        self.layers = nn.ModuleList(
-            Block(shape, group, recompute=config.recompute, checkpointed=config.checkpoint_activations)
-            for _ in range(shape.layers)
-        )
+        offload = HostOffload() if config.offload else None
+        self.layers = nn.ModuleList(Block(config, group, offload) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.width, eps=shape.norm_eps)
         self.head = nn.Linear(shape.width, shape.vocabulary, bias=False)
         self.reset_parameters()
@@ -136,10 +139,16 @@ class LanguageModel(nn.Module):
         x = self.embedding(tokens)
         for layer in self.layers:
             x = layer(x, rope, lens)
-        logits = self.head(self.norm(x))
-        return functional.cross_entropy(
-            logits.float().flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=IGNORE_INDEX
-        )
+        if self.tile is not None:
+            return loss_sum(self.norm(x), labels, self.head.weight, tile=self.tile)
+        return cross_entropy_sum(self.head(self.norm(x)), labels)
+
+
+def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The sum of the losses, fp32, of `labels` [B, L] under `logits` [B, L, vocabulary]."""
+    return functional.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=IGNORE_INDEX
+    )
 
 
 def rope_tables(positions: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
