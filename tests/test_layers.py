@@ -137,7 +137,7 @@ WITHOUT_TORCH = (
     "timeline",
     "timeline_svg",
 )  # pure Python, but for types
-OPTIONAL = {"accelerate", "cupy", "kernels", "liger_kernel", "matplotlib", "tqdm", "transformers"}
+OPTIONAL = {"accelerate", "cupy", "datasets", "kernels", "liger_kernel", "matplotlib", "tqdm", "transformers"}
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,7 @@ def test_requirements_are_the_ranges_that_are_promised(wheel: Path) -> None:
     requires = [r for r in info.requires or [] if "extra" not in r]
     assert sorted(requires) == ["filelock", "numpy", "platformdirs", "torch>=2.11", "triton>=3.6"]
     assert info.metadata["License-Expression"] == "Apache-2.0"
-    assert {"cuda12", "cuda13", "train", "plot", "transformers", "hf", "liger", "dev"} == set(
+    assert {"cuda12", "cuda13", "train", "data", "plot", "transformers", "hf", "liger", "dev"} == set(
         info.metadata.get_all("Provides-Extra") or []
     )
     assert [(s.name, s.value) for s in info.entry_points] == [("ulysses-triton", "ulysses_triton.cli:main")]

@@ -16,7 +16,7 @@ from training_command import TINY, finish, losses, read_metrics, start
 
 from ulysses_triton import cli
 from ulysses_triton.errors import ExchangeError, OptionError, ShapeError
-from ulysses_triton.training import checkpoint, data, launch, plot, run_directory
+from ulysses_triton.training import checkpoint, data, launch, plot, run_directory, tokens
 from ulysses_triton.training.config import DEFAULT_STAGES, Stage, TrainConfig, learning_rate
 
 # What is trained on
@@ -65,10 +65,10 @@ def test_text_is_the_files_of_folders_in_a_fixed_order_without_hidden_and_binary
     (tmp_path / "sub").mkdir()
     for name, content in {"b.txt": b"bb", "sub/a": b"a", ".hidden": b"x", "binary": b"\0\1"}.items():
         (tmp_path / name).write_bytes(content)
-    text = data.read_text([str(tmp_path), str(tmp_path / "binary")])
+    text = tokens.read_text([str(tmp_path), str(tmp_path / "binary")])
     assert bytes(text.content.tolist()) == b"bba\0\1"
     assert text.files == 3
-    assert text.sha256 != data.read_text([str(tmp_path)]).sha256
+    assert text.sha256 != tokens.read_text([str(tmp_path)]).sha256
 
 
 def test_the_default_text_is_the_standard_library() -> None:
@@ -219,10 +219,10 @@ def test_a_run_never_writes_over_another(tmp_path: Path, capsys: pytest.CaptureF
 def test_an_empty_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     with pytest.raises(OptionError, match="the text is empty"):
-        data.read_text([str(tmp_path / "empty")])
+        tokens.read_text([str(tmp_path / "empty")])
     (tmp_path / "bare").mkdir()
     with pytest.raises(OptionError, match="no text files in the folder"):
-        data.read_text([str(tmp_path / "bare")])
+        tokens.read_text([str(tmp_path / "bare")])
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

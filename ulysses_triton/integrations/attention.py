@@ -35,6 +35,7 @@ class Part(NamedTuple):
     cu_seqlens: tuple[Tensor, Tensor] | None  # of queries and keys, in the whole sequence
     encoder_lens: tuple[int, ...] | None = None  # every rank's tokens of the encoder's sequence
     encoder_real: Tensor | None = None  # int8 [B, Sk] of all ranks' such tokens, 0 for padding
+    recompute: str | None = None  # "exchange": attention exchanges again in backward
     cross: bool = False  # this layer attends to the encoder's tokens
     cache: Any = None  # the ShardedCache of `generate`; without lens, every rank has all tokens that are new to it
 
@@ -101,7 +102,7 @@ def attend(
         options = {"segment_ids": ulysses.documents, "cu_seqlens": cu_seqlens, "cu_seqlens_k": cu_seqlens_k}
     out = ulysses_attention(
         q, k, v, ulysses.group, causal=causal, scale=scaling, window=window, softcap=softcap, sinks=sinks,
-        dropout_p=dropout, lens=ulysses.lens, attention=ulysses.attention, **options,
+        dropout_p=dropout, lens=ulysses.lens, attention=ulysses.attention, recompute=ulysses.recompute, **options,
     )  # fmt: skip
     assert isinstance(out, Tensor)
     return out, None

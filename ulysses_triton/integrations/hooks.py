@@ -33,8 +33,8 @@ PER_TOKEN = ("ForMaskedLM", "ForTokenClassification")  # heads that take labels 
 class Hooks:
     """What `enable` puts on one transformers model."""
 
-    def __init__(self, model: Any, group: UlyssesGroup, attention: Attention) -> None:
-        self.group, self.attention = group, attention
+    def __init__(self, model: Any, group: UlyssesGroup, attention: Attention, recompute: str | None) -> None:
+        self.group, self.attention, self.recompute = group, attention, recompute
         self.said = type(model).__name__
         self.names = parameters_of(model)
         self.counts_positions = counts_positions(model)
@@ -149,7 +149,7 @@ class Hooks:
         if cu_seqlens is None and (placed is not None or attention_mask is not None):
             documents = document_ids(self.group, positions, attention_mask, lens)
             documents = None if documents is None else documents.expand(batch, length).contiguous()
-        part = Part(self.group, self.attention, lens, documents, cu_seqlens)
+        part = Part(self.group, self.attention, lens, documents, cu_seqlens, recompute=self.recompute)
         encoded = given.get("encoder_hidden_states")
         if self.encodes or encoded is not None:
             if placed is not None or cu_seqlens is not None:  # of which sequence?
@@ -186,7 +186,7 @@ class Hooks:
         self.lens = shard_lens(tokens, self.group.size)
         if min(self.lens) < 1:
             self.fail(OptionError(f"an image makes {tokens} tokens, fewer than the {self.group.size} ranks"))
-        return {"ulysses": Part(self.group, self.attention, self.lens, None, None)}
+        return {"ulysses": Part(self.group, self.attention, self.lens, None, None, recompute=self.recompute)}
 
     def shard(self, embeddings: nn.Module, args: tuple[Any, ...], whole: Tensor) -> Tensor:
         return shard_sequence(whole, self.group, lens=self.lens)

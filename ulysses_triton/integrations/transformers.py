@@ -23,7 +23,9 @@ from .hooks import STATE, Hooks
 from .models import models_in, outermost, trunks_of
 
 
-def enable(model: nn.Module, group: Groupish = None, *, attention: Attention = "auto") -> None:
+def enable(
+    model: nn.Module, group: Groupish = None, *, attention: Attention = "auto", recompute: str | None = None
+) -> None:
     """Let `model` attend over the whole sequence while every rank of `group` has its own part of it.
 
     Call it on every rank, on the model or on what wraps it (PEFT, DDP), before the first step. The model is then called
@@ -57,6 +59,7 @@ def enable(model: nn.Module, group: Groupish = None, *, attention: Attention = "
         model: a transformers model whose layers attend through the attention interface, or a module that holds some.
         group: as for `ulysses_attention`: the sequence-parallel ranks.
         attention: as for `ulysses_attention`.
+        recompute: as for `ulysses_attention`.
 
     Raises OptionError for a layer that would be wrong on a part of the sequence, naming it, before anything is changed.
     A forward pass in which no layer came to this library raises GroupError.
@@ -69,7 +72,7 @@ def enable(model: nn.Module, group: Groupish = None, *, attention: Attention = "
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, mask)
     for m in models_in(model).values():
-        setattr(m, STATE, Hooks(m, own, attention))
+        setattr(m, STATE, Hooks(m, own, attention, recompute))
     for outer in outermost(model):
         outer.set_attn_implementation(NAME)
     for trunk in trunks.values():

@@ -26,14 +26,21 @@ def summarise(config: TrainConfig) -> None:
     plot.plot_loss(
         {f"{config.ranks} ranks": [mine for mine, _ in pairs], "one rank": [other for _, other in pairs]},
         sharded / "compare.png",
-        references={"given the byte before": summaries[0]["bigram_entropy"]},
+        references={
+            plot.REFERENCES[name]: summaries[0][name]
+            for name in ("bigram_entropy", "token_entropy")
+            if name in summaries[0]
+        },
+        unit=config.unit,
     )
     early = apart[:EARLY_STEPS]
-    held_out = [summary["held_out_loss"] for summary in summaries]
+    held_out = ""
+    if config.held_out:
+        mine, other = (summary["held_out_loss"] for summary in summaries)
+        held_out = f"; held out {mine:.3f} on {config.ranks} ranks, {other:.3f} on one"
     print(
         f"{'compared':<16}losses at most {max(early):.1e} apart over the first {len(early)} steps, "
-        f"{max(apart):.1e} over all {len(apart)}; held out {held_out[0]:.3f} on {config.ranks} ranks, "
-        f"{held_out[1]:.3f} on one",
+        f"{max(apart):.1e} over all {len(apart)}{held_out}",
         flush=True,
     )
     print(f"{'written':<16}{sharded}/compare.png", flush=True)

@@ -27,11 +27,14 @@ class ModelConfig:
     hidden: int = 384
     rope_base: float = 500.0  # with the usual 10,000 attention took longer to form
     norm_eps: float = 1e-6
+    vocabulary: int = 256  # bytes, or as many tokens as the tokenizer has
+    window: int | None = None  # tokens that a token attends to, itself among them; None for all before it
     zero_attention: bool = False  # the ablation: attention's output is multiplied by zero, so only the last byte counts
 
     def __post_init__(self) -> None:
-        for name in ("layers", "width", "heads", "kv_heads", "head_dim", "hidden"):
-            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("layers", "width", "heads", "kv_heads", "head_dim", "hidden", "vocabulary", "window"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
         _require(
             self.heads % self.kv_heads == 0,
             f"{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly; "
@@ -43,8 +46,19 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class HuggingFaceConfig:
+    """A causal model of transformers: the `values` of its config.json, with what the command line sets in them.
+
+    They are kept with the run, so that it can go on when the file they came from is gone.
+    """
+
+    source: str  # what was asked for
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Stage:
-    """`steps` updates on `batch` sequences of `length` bytes each, counted over all ranks."""
+    """`steps` updates on `batch` sequences of `length` tokens each, counted over all ranks."""
 
     steps: int
     length: int
@@ -84,20 +98,27 @@ class TrainConfig:
     ranks: int
     data_parallel: int = 1
     text: tuple[str, ...] = ()  # empty: the standard library's source
+    column: str = "text"  # of rows in JSONL and parquet files
+    tokenizer: str | None = None  # folder or name of one for transformers' AutoTokenizer; None: tokens are bytes
     stages: tuple[Stage, ...] = DEFAULT_STAGES
     accumulate: int = 1
     lr: float = 1e-2
     seed: int = 0
     dtype: str = "fp32"  # of parameters while they compute, and of activations; masters and optimizer are fp32
     checkpoint_activations: bool = False
+    chunks: int = 1  # that a rank's heads are exchanged in
+    recompute: str | None = None  # "exchange": attention keeps only its inputs for backward and exchanges again
+    tile: int | None = None  # tokens of a rank that MLPs and the loss are computed for at once; None: all
+    offload: bool = False  # activation checkpoints go to host memory; turns checkpoint_activations on
+    held_out: int = 16  # windows that the loss at the end is taken on; 0: none
     checkpoint_every: int = 100  # steps; 0 for none
     keep: int = 2  # checkpoints
     threads: int = 1  # of each rank
     device: str = "cpu"  # or "cuda"
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig | HuggingFaceConfig = field(default_factory=ModelConfig)
 
     def __post_init__(self) -> None:
-        for name in ("ranks", "data_parallel", "accumulate", "keep", "threads"):
+        for name in ("ranks", "data_parallel", "accumulate", "keep", "threads", "chunks"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         _require(bool(self.stages), "there are no stages; give at least one")
         _require(
@@ -108,7 +129,7 @@ class TrainConfig:
         for stage in self.stages:
             _require(
                 stage.length >= self.sequence_ranks,
-                f"a sequence of {stage.length} bytes leaves some of {self.sequence_ranks} ranks without any; "
+                f"a sequence of {stage.length} {self.unit}s leaves some of {self.sequence_ranks} ranks without any; "
                 "make it longer or use fewer ranks",
             )
             _require(
@@ -124,7 +145,17 @@ class TrainConfig:
             self.checkpoint_every >= 0,
             f"checkpoint_every is {self.checkpoint_every}; it must not be negative (0: none)",
         )
+        _require(self.tile is None or self.tile >= 1, f"tile is {self.tile}; it must be at least 1 token")
+        _require(self.held_out >= 0, f"held_out is {self.held_out}; it must not be negative (0: none)")
+        _require(
+            self.recompute in (None, "exchange"), f"recompute is {self.recompute!r}; it must be 'exchange' or left out"
+        )
         _require(self.device in ("cpu", "cuda"), f"device is {self.device!r}; it must be 'cpu' or 'cuda'")
+
+    @property
+    def unit(self) -> str:
+        """What sequences consist of."""
+        return "byte" if self.tokenizer is None else "token"
 
     @property
     def sequence_ranks(self) -> int:
@@ -137,11 +168,11 @@ class TrainConfig:
 
     @property
     def longest(self) -> int:
-        """Bytes of the longest sequence."""
+        """Tokens of the longest sequence."""
         return max(stage.length for stage in self.stages)
 
     def tokens_after(self, step: int) -> int:
-        """Bytes that the steps after `step` train on."""
+        """Tokens that the steps after `step` train on."""
         total = 0
         for stage in self.stages:
             total += max(0, stage.steps - step) * stage.batch * stage.length
@@ -170,7 +201,8 @@ def from_json(values: Mapping[str, Any]) -> TrainConfig:
     kept = {name: value for name, value in values.items() if name in names}
     kept["text"] = tuple(kept["text"])
     kept["stages"] = tuple(Stage(**stage) for stage in kept["stages"])
-    kept["model"] = ModelConfig(**kept["model"])
+    model = HuggingFaceConfig if "values" in kept["model"] else ModelConfig
+    kept["model"] = model(**kept["model"])
     return TrainConfig(**kept)
 
 

@@ -1,6 +1,6 @@
-"""Text as bytes: which files, which part is held out, which windows a step trains on.
+"""Which files are the text, which part of its tokens is held out, and which windows a step trains on.
 
-A window is S + 1 bytes; inputs are its first S, labels its last S. Labels are shifted here, on the whole sequence: a
+A window is S + 1 tokens; inputs are its first S, labels its last S. Labels are shifted here, on the whole sequence: a
 rank that shifted its own shard would lose the label of its last token.
 
     text     t r a i n i n g . . . . . . . . . . . . . | h e l d   o u t
@@ -9,9 +9,8 @@ rank that shifted its own shard would lose the label of its last token.
 
 from __future__ import annotations
 
-import hashlib
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +18,10 @@ import torch
 
 from ..errors import OptionError
 
-HELD_OUT_SHARE = 20  # one byte in so many, from the end of the text, is never trained on
+HELD_OUT_SHARE = 20  # one token in so many, from the end of the text, is never trained on
 _NOT_THE_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 _BINARY_PROBE = 8192
+ROWS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # files of rows by their ending, as `datasets` says
 
 
 def standard_library_files() -> list[Path]:
@@ -53,52 +53,30 @@ def text_files(paths: Sequence[str]) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class Text:
-    """The bytes of all files, one after another: uint8 [bytes]. Ranks hold the same text if `sha256` is the same."""
-
-    content: torch.Tensor
-    files: int
-    sha256: str
-
-
-def read_text(paths: Sequence[str]) -> Text:
-    """Read the files that `paths` name, or the standard library if there are none.
-
-    Raises OptionError for a path that is missing or unreadable, and for a text without a byte.
-    """
-    files = text_files(paths) if paths else standard_library_files()
-    joined = bytearray()
-    for file in files:
-        try:
-            joined += file.read_bytes()
-        except OSError as error:
-            raise OptionError(f"cannot read the text file {file}: {error.strerror}") from error
-    if not joined:
-        raise OptionError(f"the text is empty: {', '.join(paths)}")
-    return Text(torch.frombuffer(joined, dtype=torch.uint8), len(files), hashlib.sha256(joined).hexdigest())
-
-
-@dataclass(frozen=True)
 class Split:
-    """A text cut in two: `train` comes first, `held_out` is the end of the text. Both uint8 [bytes]."""
+    """A text cut in two: `train` comes first, `held_out` is the end of the text, empty where nothing is evaluated.
+
+    Both [tokens], of the text's dtype.
+    """
 
     train: torch.Tensor
     held_out: torch.Tensor
 
 
-def split_text(text: torch.Tensor, length: int) -> Split:
-    """Hold out the last twentieth of `text`, and never less than one window of `length` tokens.
+def split_text(text: torch.Tensor, length: int, *, held_out: bool = True) -> Split:
+    """Hold out the last twentieth of `text`, and never less than one window of `length` tokens; or nothing.
 
     Raises OptionError if either part cannot hold a window.
     """
     window = length + 1
-    held_out = max(len(text) // HELD_OUT_SHARE, window)
-    if len(text) < held_out + window:
+    kept = max(len(text) // HELD_OUT_SHARE, window) if held_out else 0
+    if len(text) < kept + window:
+        windows = "two windows, one to train on and one held out" if held_out else "one window"
         raise OptionError(
-            f"the text holds {len(text):,} bytes; sequences of {length:,} need at least {2 * window:,} (one window to "
-            "train on and one held out): give more text or a shorter sequence"
+            f"the text holds {len(text):,} tokens (bytes, without a tokenizer); sequences of {length:,} need at least "
+            f"{(2 if held_out else 1) * window:,} ({windows}): give more text or a shorter sequence"
         )
-    return Split(text[:-held_out], text[-held_out:])
+    return Split(text[: len(text) - kept], text[len(text) - kept :])
 
 
 class TrainingWindows:
@@ -113,7 +91,7 @@ class TrainingWindows:
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def batch(self, step: int, size: int) -> torch.Tensor:
-        """The windows of step 0, 1, ...: uint8 [size, length + 1]."""
+        """The windows of step 0, 1, ...: [size, length + 1]."""
         return torch.stack([self._window(step * size + index) for index in range(size)])
 
     def _window(self, index: int) -> torch.Tensor:
@@ -126,7 +104,7 @@ class TrainingWindows:
 
 
 def held_out_windows(text: torch.Tensor, length: int, count: int) -> torch.Tensor:
-    """At most `count` windows spread evenly over the held-out text, always the same: uint8 [windows, length + 1]."""
+    """At most `count` windows spread evenly over the held-out text, always the same: [windows, length + 1]."""
     possible = (len(text) - 1) // length
     count = min(count, possible)
     starts = [index * possible // count * length for index in range(count)]
@@ -145,11 +123,24 @@ def byte_entropies(text: torch.Tensor) -> tuple[float, float]:
     What a model reaches that has learnt only how frequent bytes are, or also which byte follows which.
     """
     pairs = torch.zeros(256 * 256, dtype=torch.int64)
-    for start in range(0, len(text) - 1, 1 << 20):
-        part = text[start : start + (1 << 20) + 1].to(torch.int64)
+    for part in _parts(text, overlap=1):
         pairs += torch.bincount(part[:-1] * 256 + part[1:], minlength=256 * 256)
     counts = pairs.view(256, 256).double()
     return _entropy(counts.sum(0)), _entropy(counts) - _entropy(counts.sum(1))
+
+
+def token_entropy(text: torch.Tensor, vocabulary: int) -> float:
+    """Nats per token of `text`: what a model reaches that has learnt only how frequent tokens are."""
+    counts = torch.zeros(vocabulary, dtype=torch.int64)
+    for part in _parts(text):
+        counts += torch.bincount(part, minlength=vocabulary)
+    return _entropy(counts.double())
+
+
+def _parts(text: torch.Tensor, overlap: int = 0) -> Iterator[torch.Tensor]:
+    """int64 [tokens] of one part of `text` after another, each with `overlap` tokens of the next."""
+    for start in range(0, len(text) - overlap, 1 << 20):
+        yield text[start : start + (1 << 20) + overlap].to(torch.int64)
 
 
 def _entropy(counts: torch.Tensor) -> float:
@@ -159,6 +150,8 @@ def _entropy(counts: torch.Tensor) -> float:
 def _is_text_in_folder(file: Path, folder: Path) -> bool:
     if not file.is_file() or _left_out(file.relative_to(folder).parts):
         return False
+    if file.suffix in ROWS:
+        return True
     try:
         with file.open("rb") as stream:
             return b"\0" not in stream.read(_BINARY_PROBE)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,21 +17,18 @@ from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch.nn import functional
 
 from .. import shard_lens, shard_sequence, token_mean
-from ..errors import GroupError, UlyssesError
+from ..errors import GroupError, OptionError, UlyssesError
 from ..shard import IGNORE_INDEX
-from . import checkpoint, data
-from .config import TrainConfig, learning_rate
-from .model import LanguageModel
+from . import checkpoint, data, hugging_face, tokens
+from .config import HuggingFaceConfig, TrainConfig, learning_rate
 from .report import Report
 from .run_directory import StepMetrics
-from .sharded import Grid, clip_gradients, sharded_model
+from .sharded import Grid, Model, clip_gradients, sharded_model
 
 BETAS = (0.9, 0.95)
 MAX_GRADIENT_NORM = 1.0
-HELD_OUT_WINDOWS = 16
 
 Result = TypeVar("Result")
 
@@ -51,12 +49,11 @@ def resume(config: TrainConfig) -> None:
 
 def _run(config: TrainConfig, *, resumed: bool) -> None:
     torch.set_num_threads(config.threads)
-    text = data.read_text(config.text)
+    text, split = _read_once_on_each_machine(config)
     _require_equal_on_all_ranks(text.sha256, "the text is not the same on all ranks")
     _require_equal_on_all_ranks(
         repr(dataclasses.replace(config, out="", threads=1)), "the options are not the same on all ranks"
     )
-    split = data.split_text(text.content, config.longest)
     directory, found = _from_rank_0(
         lambda: (Path(config.out).absolute(), checkpoint.newest(Path(config.out).absolute()) if resumed else None)
     )
@@ -77,13 +74,28 @@ def _run(config: TrainConfig, *, resumed: bool) -> None:
                 if report:
                     report.sync()
                 checkpoint.save(directory, metrics.step, model, optimizer, keep=config.keep)
-        held_out_loss = evaluate(model, split.held_out, config, grid)
+        held_out_loss = evaluate(model, split.held_out, config, grid) if config.held_out else None
+        peaks = _on_all_ranks(_peak_bytes(grid))
         if report:
-            report.finish(held_out_loss)
+            report.finish(held_out_loss, peaks)
+
+
+def read(config: TrainConfig) -> tuple[tokens.Text, data.Split]:
+    """The text of a run, cut in two. Raises OptionError if it cannot be read, is too short, or not the model's."""
+    text = tokens.read_text(config.text, config.column, config.tokenizer)
+    model = config.model
+    known = hugging_face.vocabulary(model) if isinstance(model, HuggingFaceConfig) else model.vocabulary
+    if known < text.vocabulary:
+        raise OptionError(
+            f"the model knows {known:,} tokens and the text has up to {text.vocabulary:,} "
+            f"({'bytes' if config.tokenizer is None else f'of the tokenizer {config.tokenizer}'}); give it as many "
+            "(--set vocab_size=...) or another tokenizer"
+        )
+    return text, data.split_text(text.content, config.longest, held_out=config.held_out > 0)
 
 
 def train(
-    model: LanguageModel,
+    model: Model,
     optimizer: torch.optim.Optimizer,
     text: torch.Tensor,
     config: TrainConfig,
@@ -107,6 +119,9 @@ def train(
         for settings in optimizer.param_groups:
             settings["lr"] = rate
         optimizer.zero_grad()
+        torch.manual_seed(
+            (config.seed * 1_000_003 + step) * config.ranks + dist.get_rank()
+        )  # of dropout, if there is any
         value = 0.0
         windows = sources[number].batch(index, stage.batch)
         for micro_batch in windows.chunk(grid.rows)[grid.row].chunk(config.accumulate):
@@ -124,12 +139,13 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(model: LanguageModel, text: torch.Tensor, config: TrainConfig, grid: Grid) -> float:
-    """Mean loss in nats per byte over fixed windows of `text`, as long as the last stage's; sharded as in training.
+def evaluate(model: Model, text: torch.Tensor, config: TrainConfig, grid: Grid) -> float:
+    """Mean loss in nats per token over fixed windows of `text`, as long as the last stage's; sharded as in training.
 
     A row whose turn it is when there are no windows left works on the first one again, and counts none of it.
     """
-    windows = data.held_out_windows(text, config.stages[-1].length, HELD_OUT_WINDOWS)
+    model.eval()
+    windows = data.held_out_windows(text, config.stages[-1].length, config.held_out)
     inputs, labels = data.inputs_and_labels(windows)
     total = 0.0
     for start in range(0, len(windows), grid.rows):
@@ -138,11 +154,12 @@ def evaluate(model: LanguageModel, text: torch.Tensor, config: TrainConfig, grid
         if index < len(windows):
             mine, targets = inputs[index : index + 1], labels[index : index + 1]
         total += shard_loss(model, mine, targets, grid, total_tokens=labels.numel()).item()
+    model.train()
     return total
 
 
 def shard_loss(
-    model: LanguageModel, inputs: torch.Tensor, labels: torch.Tensor, grid: Grid, *, total_tokens: int
+    model: Model, inputs: torch.Tensor, labels: torch.Tensor, grid: Grid, *, total_tokens: int
 ) -> torch.Tensor:
     """The loss over `labels` of all rows of the grid, divided by `total_tokens`; this rank computes its shard's part.
 
@@ -152,14 +169,39 @@ def shard_loss(
     length = inputs.size(1)
     lens = shard_lens(length, grid.sequence.size)
     positions = shard_sequence(torch.arange(length, device=grid.device), grid.sequence, dim=0, lens=lens)
-    shard_labels = shard_sequence(labels.to(grid.device), grid.sequence, lens=lens)
-    tokens = shard_sequence(inputs.to(grid.device), grid.sequence, lens=lens)
-    logits = model(tokens, positions, grid.sequence, lens)
-    loss_sum = functional.cross_entropy(
-        logits.float().flatten(0, 1), shard_labels.flatten(), reduction="sum", ignore_index=IGNORE_INDEX
-    )
+    shard_labels = shard_sequence(labels, grid.sequence, lens=lens).to(grid.device)
+    shard_inputs = shard_sequence(inputs, grid.sequence, lens=lens).to(grid.device)
+    loss_sum = model(shard_inputs, shard_labels, positions, lens)
     count = (shard_labels != IGNORE_INDEX).sum()
     return token_mean(loss_sum, count, grid.everyone, total_tokens=total_tokens)
+
+
+def _read_once_on_each_machine(config: TrainConfig) -> tuple[tokens.Text, data.Split]:
+    """As `read`; the first rank of a machine makes the file that the others map. Its error is the error of all."""
+    error: UlyssesError | None = None
+    try:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            read(config)
+    except UlyssesError as found:
+        error = found
+    for known in _on_all_ranks(error):
+        if known is not None:
+            raise known
+    return read(config)
+
+
+def _peak_bytes(grid: Grid) -> int:
+    """The most memory that this rank has had: of the GPU, allocated by PyTorch; on a CPU, resident."""
+    if grid.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(grid.device)
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+def _on_all_ranks(value: Result) -> list[Result]:
+    values: list[Result | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return cast(list[Result], values)
 
 
 def _from_rank_0(make: Callable[[], Result]) -> Result:
@@ -170,8 +212,7 @@ def _from_rank_0(make: Callable[[], Result]) -> Result:
 
 
 def _require_equal_on_all_ranks(value: str, otherwise: str) -> None:
-    values: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values = _on_all_ranks(value)
     different = [rank for rank, other in enumerate(values) if other != values[0]]
     if different:
         raise GroupError(f"{otherwise}: rank 0 has others than ranks {different}")

@@ -1,4 +1,4 @@
-"""A decoder-only byte-level language model whose attention runs over a sharded sequence.
+"""A decoder-only language model whose attention runs over a sharded sequence.
 
 Everything but attention works on each token alone, so a rank applies it to its own shard; `ulysses_qkv_attention` is
 the only place where ranks meet. Pre-norm blocks: x + attention(norm(x)), then x + swiglu(norm(x)).
@@ -14,18 +14,21 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from .. import UlyssesGroup, ulysses_qkv_attention
-from .config import ModelConfig
+from ..shard import IGNORE_INDEX
+from .config import ModelConfig, TrainConfig
+from .offload import HostOffload
+from .tiles import loss_sum, tile_tokens
 
-VOCABULARY = 256
 Q_GAIN = 4.0  # normalised queries and keys alone cannot tell one key among thousands from the others
 
 
 class Attention(nn.Module):
     """Causal grouped-query attention with QK-norm and RoPE, both applied inside the op."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, group: UlyssesGroup, recompute: str | None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.group, self.recompute = config, group, recompute
+        self.window = None if config.window is None else (config.window - 1, 0)
         self.qkv = nn.Linear(config.width, (config.heads + 2 * config.kv_heads) * config.head_dim, bias=False)
         self.out = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
         self.q_norm = nn.Parameter(torch.full((config.head_dim,), Q_GAIN))
@@ -35,12 +38,11 @@ class Attention(nn.Module):
         self,
         x: torch.Tensor,  # [B, L, width]
         rope: tuple[torch.Tensor, torch.Tensor],
-        group: UlyssesGroup,
         lens: Sequence[int] | None,
     ) -> torch.Tensor:
         attended = ulysses_qkv_attention(
             self.qkv(x),
-            group,
+            self.group,
             heads=self.config.heads,
             kv_heads=self.config.kv_heads,
             rope=rope,
@@ -48,7 +50,9 @@ class Attention(nn.Module):
             k_norm=self.k_norm,
             norm_eps=self.config.norm_eps,
             causal=True,
+            window=self.window,
             lens=lens,
+            recompute=self.recompute,
         )  # [B, L, heads, head_dim]
         assert isinstance(attended, torch.Tensor)  # a pair only with `return_lse`
         if self.config.zero_attention:
@@ -70,53 +74,52 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. With `recompute` it keeps only its input for backward.
+    """One layer. With `checkpoint` it keeps only its input for backward, with `offload` in host memory.
 
     The recomputation is inside the module, so that FSDP's hooks, which gather the parameters, are around it.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: TrainConfig, group: UlyssesGroup, offload: HostOffload | None) -> None:
         super().__init__()
-        self.recompute = False
-        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.attention = Attention(config)
-        self.feed_forward_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.feed_forward = SwiGLU(config)
+        assert isinstance(config.model, ModelConfig)
+        shape = config.model
+        self.checkpoint = offload.checkpoint if offload else checkpoint if config.checkpoint_activations else None
+        self.attention_norm = nn.RMSNorm(shape.width, eps=shape.norm_eps)
+        self.attention = Attention(shape, group, config.recompute)
+        self.feed_forward_norm = nn.RMSNorm(shape.width, eps=shape.norm_eps)
+        self.feed_forward = SwiGLU(shape)
+        if config.tile is not None:
+            tile_tokens(self.feed_forward, config.tile)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor],
-        group: UlyssesGroup,
-        lens: Sequence[int] | None,
+        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], lens: Sequence[int] | None
     ) -> torch.Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(
-                self._forward, x, rope, group, lens, use_reentrant=False, preserve_rng_state=False
+        if self.checkpoint and torch.is_grad_enabled():
+            return self.checkpoint(
+                self._forward, x, rope, lens, use_reentrant=False, preserve_rng_state=False
             )  # no random numbers here
-        return self._forward(x, rope, group, lens)
+        return self._forward(x, rope, lens)
 
     def _forward(
-        self,
-        x: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor],
-        group: UlyssesGroup,
-        lens: Sequence[int] | None,
+        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], lens: Sequence[int] | None
     ) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, group, lens)
+        x = x + self.attention(self.attention_norm(x), rope, lens)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
 class LanguageModel(nn.Module):
-    """Bytes in, logits of the next byte out, for this rank's shard of every sequence."""
+    """Tokens in, the sum of the losses of the tokens that follow out, for this rank's shard of every sequence."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: TrainConfig, group: UlyssesGroup) -> None:
         super().__init__()
-        self.config = config
-        self.embedding = nn.Embedding(VOCABULARY, config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.head = nn.Linear(config.width, VOCABULARY, bias=False)
+        assert isinstance(config.model, ModelConfig)
+        self.config, self.tile = config.model, config.tile
+        shape = config.model
+        self.embedding = nn.Embedding(shape.vocabulary, shape.width)
+        offload = HostOffload() if config.offload else None
+        self.layers = nn.ModuleList(Block(config, group, offload) for _ in range(shape.layers))
+        self.norm = nn.RMSNorm(shape.width, eps=shape.norm_eps)
+        self.head = nn.Linear(shape.width, shape.vocabulary, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -126,21 +129,26 @@ class LanguageModel(nn.Module):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
 
     def forward(
-        self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        group: UlyssesGroup,
-        lens: Sequence[int] | None = None,
+        self, tokens: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor, lens: Sequence[int] | None = None
     ) -> torch.Tensor:
-        """Logits [B, L, 256] of `tokens` [B, L], whose places in the whole sequence are `positions` [L].
+        """The summed loss, fp32, of `tokens` [B, L] with `labels` [B, L], at `positions` [L] of the whole sequence.
 
         `lens` gives every rank's L where they differ.
         """
         rope = rope_tables(positions, self.config)
         x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x, rope, group, lens)
-        return self.head(self.norm(x))
+        for layer in self.layers:
+            x = layer(x, rope, lens)
+        if self.tile is not None:
+            return loss_sum(self.norm(x), labels, self.head.weight, tile=self.tile)
+        return cross_entropy_sum(self.head(self.norm(x)), labels)
+
+
+def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The sum of the losses, fp32, of `labels` [B, L] under `logits` [B, L, vocabulary]."""
+    return functional.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=IGNORE_INDEX
+    )
 
 
 def rope_tables(positions: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,6 +10,12 @@ from ..errors import OptionError
 from .run_directory import StepMetrics
 
 SMOOTHING = 20  # steps
+REFERENCES = {  # what the figures of a summary are called in a picture
+    "byte_entropy": "entropy of a byte",
+    "token_entropy": "entropy of a token",
+    "bigram_entropy": "given the byte before",
+    "held_out_loss": "held out, at the end",
+}
 
 
 def require_matplotlib() -> None:
@@ -18,10 +24,13 @@ def require_matplotlib() -> None:
         raise OptionError("loss.png needs matplotlib: pip install 'ulysses-triton[train]'")
 
 
-def plot_loss(curves: Mapping[str, Sequence[StepMetrics]], picture: Path, references: Mapping[str, float]) -> None:
+def plot_loss(
+    curves: Mapping[str, Sequence[StepMetrics]], picture: Path, references: Mapping[str, float], unit: str
+) -> None:
     """Draw the losses of runs, by name, and their running means to the PNG file `picture`.
 
-    `references` are horizontal lines: a name and nats per byte. Raises OptionError without matplotlib.
+    `references` are horizontal lines: a name and nats per `unit` ("byte", "token"), as losses are. Raises OptionError
+    without matplotlib.
     """
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -35,7 +44,7 @@ def plot_loss(curves: Mapping[str, Sequence[StepMetrics]], picture: Path, refere
         axes.plot(steps, _running_mean(losses), color=color, linestyle=style, label=f"mean of the last {SMOOTHING}")
     for (name, value), style in zip(references.items(), ("--", ":", "-.", "-"), strict=False):
         axes.axhline(value, color="0.4", linestyle=style, linewidth=1, label=f"{name}: {value:.2f}")
-    axes.set(xlabel="step", ylabel="loss, nats per byte")
+    axes.set(xlabel="step", ylabel=f"loss, nats per {unit}")
     axes.legend()
     partial = picture.with_name(f".{picture.name}.partial")
     FigureCanvasAgg(figure).print_png(partial, metadata={"Software": "ulysses-triton"})

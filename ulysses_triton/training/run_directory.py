@@ -28,7 +28,7 @@ METRICS = ("step", "loss", "lr", "tokens_per_second", "seconds")
 
 @dataclasses.dataclass(frozen=True)
 class StepMetrics:
-    """One line of `metrics.csv`: `loss` in nats per byte, before the step's update; `seconds` since training began."""
+    """One line of `metrics.csv`: `loss` in nats per token, before the step's update; `seconds` since training began."""
 
     step: int
     loss: float
@@ -98,7 +98,7 @@ class RunDirectory:
         """Force what was logged to disk."""
         os.fsync(self._metrics.fileno())
 
-    def summarise(self, summary: Mapping[str, float]) -> None:
+    def summarise(self, summary: Mapping[str, object]) -> None:
         """Write `summary.json`: what came out of the run."""
         _replace(self.path / SUMMARY, _json(summary))
 
@@ -133,7 +133,7 @@ def read_metrics(run: Path) -> list[StepMetrics]:
     return [StepMetrics(int(row[0]), *map(float, row[1:])) for row in rows]
 
 
-def read_summary(run: Path) -> dict[str, float]:
+def read_summary(run: Path) -> dict[str, Any]:
     """What came out of a run that ended."""
     summary = json.loads((run / SUMMARY).read_text())
     assert isinstance(summary, dict)

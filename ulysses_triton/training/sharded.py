@@ -19,12 +19,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from .. import UlyssesGroup
-from .config import TrainConfig
-from .model import Block, LanguageModel
+from .config import ModelConfig, TrainConfig
+from .hugging_face import CausalModel
+from .model import LanguageModel
+
+Model = LanguageModel | CausalModel
 
 
 class Grid:
@@ -39,7 +42,7 @@ class Grid:
         grid = init_device_mesh(config.device, shape, mesh_dim_names=("data", "sequence"))
         self.mesh: DeviceMesh = grid._flatten("ranks")
         self.everyone: dist.ProcessGroup = self.mesh.get_group()
-        self.sequence = UlyssesGroup(grid["sequence"])
+        self.sequence = UlyssesGroup(grid["sequence"], chunks=config.chunks)
         self.row: int = grid.get_local_rank("data")
         self.rows = config.data_parallel
         on_gpu = config.device == "cuda"
@@ -52,23 +55,46 @@ class Grid:
         self.sequence.close()
 
 
-def sharded_model(config: TrainConfig, grid: Grid) -> LanguageModel:
-    """The model with the weights that `config.seed` decides, whatever the grid; each rank keeps its part of them."""
+def sharded_model(config: TrainConfig, grid: Grid) -> Model:
+    """The model with the weights that `config.seed` decides, whatever the grid; each rank keeps its part of them.
+
+    Rank 0 makes it whole, in the host's memory. The others hear of it layer by layer and never hold more than one.
+    """
     torch.manual_seed(config.seed)
-    model = LanguageModel(config.model).to(grid.device)
-    for parameter in model.parameters():
-        dist.broadcast(parameter.data, src=0)  # machines may differ in the last bit of a random number
+    with torch.device("cpu" if dist.get_rank() == 0 else "meta"):
+        kind = LanguageModel if isinstance(config.model, ModelConfig) else CausalModel
+        model = kind(config, grid.sequence)
     precision = MixedPrecisionPolicy(cast_forward_inputs=False)  # RoPE tables stay fp32
     if config.dtype == "bf16":
         precision = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-    for block in model.blocks:
-        assert isinstance(block, Block)
-        block.recompute = config.checkpoint_activations
-        fully_shard(block, mesh=grid.mesh, mp_policy=precision)
+    inside: set[nn.Module] = set()
+    for layer in model.layers:
+        _hear_from_rank_0(layer.modules(), grid)
+        inside.update(layer.modules())
+        fully_shard(layer, mesh=grid.mesh, mp_policy=precision)
+    _hear_from_rank_0((module for module in model.modules() if module not in inside), grid)
     fully_shard(model, mesh=grid.mesh, mp_policy=precision)
+    assert isinstance(model, FSDPModule)
+    model.set_reduce_scatter_unused_params(True)  # an expert may get tokens on some ranks only
     return model
+
+
+def _hear_from_rank_0(modules: Iterable[nn.Module], grid: Grid) -> None:
+    """Give `modules` rank 0's parameters and buffers, on the device; what they share, they still share."""
+    heard: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # with the old ones, whose ids must not be used again
+    for module in modules:
+        for table in (module._parameters, module._buffers):
+            for name, old in table.items():
+                if old is None:
+                    continue
+                if id(old) not in heard:
+                    known = dist.get_rank() == 0
+                    new = old.detach().to(grid.device) if known else torch.empty_like(old, device=grid.device)
+                    dist.broadcast(new, src=0)
+                    heard[id(old)] = old, nn.Parameter(new, old.requires_grad) if table is module._parameters else new
+                table[name] = heard[id(old)][1]  # type: ignore[assignment]
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, grid: Grid) -> None:
