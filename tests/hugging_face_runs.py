@@ -298,6 +298,7 @@ def hugging_face(
     resume: str | None = None,
     short: int = 0,
     made_late: bool = False,
+    saving: dict[str, Any] | None = None,
     **options: Any,
 ) -> None:
     rows = dist.get_world_size() // sequence_ranks if sequence_ranks else 1
@@ -308,13 +309,21 @@ def hugging_face(
         None if made_late else model(), args, model_init=model if made_late else None, data_collator=padded,
         train_dataset=samples(STEPS * ACCUMULATE * 4 - short, seed=1), eval_dataset=samples(12 - short, seed=2),
         compute_metrics=metrics, callbacks=[Watching(record)],
-        **({"sequence_ranks": sequence_ranks} if sequence_ranks else {}),
+        **({"sequence_ranks": sequence_ranks} if sequence_ranks else {}), **(saving or {}),
     )  # fmt: skip
     made.train(resume_from_checkpoint=str(folder / resume / f"checkpoint-{STEPS // 2}") if resume else None)
     keep(record, made).save(folder, name)
 
 
-def zero(folder: Path, name: str, *, sequence_ranks: int, stage: int = 3, resume: str | None = None) -> None:
+def zero(
+    folder: Path,
+    name: str,
+    *,
+    sequence_ranks: int,
+    stage: int = 3,
+    resume: str | None = None,
+    saving: dict[str, Any] | None = None,
+) -> None:
     """DeepSpeed's ZeRO under the Trainer, on CPUs."""
     import deepspeed
 
@@ -331,7 +340,7 @@ def zero(folder: Path, name: str, *, sequence_ranks: int, stage: int = 3, resume
         "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
     }  # fmt: skip
     hugging_face(
-        folder, name, sequence_ranks=sequence_ranks, resume=resume, deepspeed=config, use_cpu=False,
+        folder, name, sequence_ranks=sequence_ranks, resume=resume, deepspeed=config, use_cpu=False, saving=saving,
         accelerator_config={"use_configured_state": True},
     )  # fmt: skip
 
@@ -402,7 +411,9 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>")
 
 
-def fine_tuning(folder: Path, name: str, *, sequence_ranks: int | None, packing: str, sharded: bool = False) -> None:
+def fine_tuning(
+    folder: Path, name: str, *, sequence_ranks: int | None, packing: str, sharded: bool = False, **saving: Any
+) -> None:
     rows = dist.get_world_size() // sequence_ranks if sequence_ranks else 1
     options = PACKING[packing]
     count = 160 if "packing" in options else 23  # which makes a short batch at the end of an epoch
@@ -418,12 +429,13 @@ def fine_tuning(folder: Path, name: str, *, sequence_ranks: int | None, packing:
     ]
     made = trainer_class(trl.SFTTrainer, shards=bool(sequence_ranks), sharded=sharded)(
         model(), args, train_dataset=data[0], eval_dataset=data[1], processing_class=tokenizer(),
-        callbacks=[Watching(record)], **({"sequence_ranks": sequence_ranks} if sequence_ranks else {}),
+        callbacks=[Watching(record)], **({"sequence_ranks": sequence_ranks} if sequence_ranks else {}), **saving,
     )  # fmt: skip
     made.train()
     keep(record, made).save(folder, name)
 
 
+SAVING = {"tile": 4, "offload": True}
 VARIANTS: dict[str, tuple[int, Callable[..., None], dict[str, Any]]] = {
     "loop_1": (1, plain_loop, {"sequence_ranks": None}),
     "loop_4": (RANKS, plain_loop, {"sequence_ranks": 4}),
@@ -438,12 +450,15 @@ VARIANTS: dict[str, tuple[int, Callable[..., None], dict[str, Any]]] = {
     "fsdp_4": (RANKS, hugging_face, {"sequence_ranks": 4, "sharded": True}),
     "fsdp_4_resumed": (RANKS, hugging_face, {"sequence_ranks": 4, "sharded": True, "resume": "fsdp_4"}),
     "fsdp_2x2": (RANKS, hugging_face, {"sequence_ranks": 2, "sharded": True}),
+    "tiled_fsdp_2x2": (RANKS, hugging_face, {"sequence_ranks": 2, "sharded": True, "saving": SAVING}),
+    "tiled_sft_4": (RANKS, fine_tuning, {"sequence_ranks": 4, "packing": "padded"} | SAVING),
     "refused": (RANKS, refusals, {}),
     **{f"sft_{kind}_1": (1, fine_tuning, {"sequence_ranks": None, "packing": kind}) for kind in PACKING},
     **{f"sft_{kind}_4": (RANKS, fine_tuning, {"sequence_ranks": 4, "packing": kind}) for kind in PACKING},
     "zero_4": (RANKS, zero, {"sequence_ranks": 4}),
     "zero_4_resumed": (RANKS, zero, {"sequence_ranks": 4, "resume": "zero_4"}),
     "zero_2x2": (RANKS, zero, {"sequence_ranks": 2}),
+    "zero_tiled_4": (RANKS, zero, {"sequence_ranks": 4, "saving": SAVING}),
     "zero2_2x2": (RANKS, zero, {"sequence_ranks": 2, "stage": 2}),
     "sft_bfd_2x2": (RANKS, fine_tuning, {"sequence_ranks": 2, "packing": "bfd", "sharded": True}),
 }

@@ -26,6 +26,8 @@ REFERENCES = {  # of every run on ranks: what one process does with the same dat
     "trainer_2x2": "trainer_1",
     "fsdp_4": "trainer_1",
     "fsdp_2x2": "trainer_1",
+    "tiled_fsdp_2x2": "trainer_1",
+    "tiled_sft_4": "sft_padded_1",
     "sft_bfd_4": "sft_bfd_1",
     "sft_bfd_2x2": "sft_bfd_1",
     "sft_wrapped_4": "sft_wrapped_1",
@@ -33,7 +35,7 @@ REFERENCES = {  # of every run on ranks: what one process does with the same dat
     "sft_padded_4": "sft_padded_1",
 }
 TRAINERS = [name for name in REFERENCES if not name.startswith(("loop", "accelerate"))]
-SHARDED = [name for name in REFERENCES if name.startswith(("loop", "fsdp")) or name == "sft_bfd_2x2"]
+SHARDED = [name for name in REFERENCES if name.startswith(("loop", "fsdp", "tiled_fsdp")) or name == "sft_bfd_2x2"]
 
 every_run = pytest.mark.parametrize("name", REFERENCES)
 
@@ -47,7 +49,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def zero_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("needs DeepSpeed: `make peers` installs it, `make VENV=.venv-peers test-slow` runs this")
-    return run(tmp_path_factory.mktemp("zero"), "trainer_1", "zero_4", "zero_4_resumed", "zero_2x2", "zero2_2x2")
+    return run(
+        tmp_path_factory.mktemp("zero"),
+        "trainer_1",
+        "zero_4",
+        "zero_4_resumed",
+        "zero_2x2",
+        "zero2_2x2",
+        "zero_tiled_4",
+    )
 
 
 def run(folder: Path, *names: str) -> Path:
@@ -70,7 +80,7 @@ def records(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def steps_of(name: str) -> int:
-    return FEW if name in ("sft_wrapped_4", "sft_padding_free_4", "sft_padded_4") else STEPS
+    return FEW if name in ("sft_wrapped_4", "sft_padding_free_4", "sft_padded_4", "tiled_sft_4") else STEPS
 
 
 def apart(one: list[float], other: list[float]) -> float:
@@ -95,7 +105,7 @@ def test_gradient_norms_are_those_of_one_process(runs: Path, name: str) -> None:
 def test_every_step_attends_over_shards(runs: Path, name: str) -> None:
     for its in records(runs, name):
         assert len(its["calls"]) == steps_of(name)
-        twice = name.startswith("sft_bfd")  # TRL checkpoints activations if not told otherwise
+        twice = name.startswith(("sft_bfd", "tiled"))  # TRL checkpoints activations if not told otherwise
         assert set(its["calls"]) <= {LAYERS * (1 + twice), LAYERS * ACCUMULATE * (1 + twice)}  # an epoch may end early
 
 
@@ -117,7 +127,7 @@ def test_evaluation_finds_what_one_process_finds(runs: Path, name: str) -> None:
         assert its == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in TRAINERS if name.startswith("sft")])
+@pytest.mark.parametrize("name", [name for name in TRAINERS if "sft" in name])
 def test_tokens_are_counted_as_one_process_counts_them(runs: Path, name: str) -> None:
     reference = record(runs, REFERENCES[name])["metrics"]
     assert len(reference[0]) == 3
@@ -168,13 +178,13 @@ def test_what_would_make_another_loss_is_refused(runs: Path, options: str, said:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["zero_4", "zero_2x2", "zero2_2x2"])
+@pytest.mark.parametrize("name", ["zero_4", "zero_2x2", "zero2_2x2", "zero_tiled_4"])
 def test_zero_learns_what_one_process_learns(zero_runs: Path, name: str) -> None:
     reference = record(zero_runs, "trainer_1")
     for its in records(zero_runs, name):
         assert its["zero_stage"] == (2 if name.startswith("zero2") else 3)
         assert its["zero_stage"] == 2 or its["local"] == its["whole"] / 4
-        assert its["calls"] == [LAYERS * ACCUMULATE] * STEPS
+        assert its["calls"] == [LAYERS * ACCUMULATE * (1 + ("tiled" in name))] * STEPS
         assert apart(its["losses"], reference["losses"]) <= 1e-5
         assert apart(its["grad_norms"], reference["grad_norms"]) <= 1e-4
     for its, expected in zip(record(zero_runs, name)["evaluations"], reference["evaluations"], strict=True):

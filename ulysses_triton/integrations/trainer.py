@@ -24,6 +24,8 @@ from torch import Tensor
 from ..errors import OptionError
 from ..shard import gather_sequence, shard_lens
 from .data import INPUTS, SequenceShards, sequence_group, share_batches
+from .memory import save_memory
+from .models import models_in
 from .transformers import enable
 
 
@@ -33,6 +35,9 @@ class SequenceParallelMixin:
     Args:
         sequence_ranks: how many consecutive ranks share every sequence; it divides the ranks of the job, and the other
             factor is the number of ranks with data of their own: `per_device_train_batch_size` is for those.
+        tile: tokens that MLPs and, in training, the loss are computed for at once (`save_memory`); None for all. The
+            loss stays that of a trainer that brings one of its own, as TRL's SFTTrainer does.
+        offload: keep the checkpoints of layers in host memory; turns gradient checkpointing on.
 
     The data collator stays as it is; batches may be padded or packed (`SequenceShards`). Evaluation is sharded like
     training, `compute_metrics` gets the logits and labels of whole sequences, and checkpoints are the Trainer's.
@@ -41,7 +46,9 @@ class SequenceParallelMixin:
     loss function of the user, label smoothing, a loss that balances experts, other parallelism within a sequence.
     """
 
-    def __init__(self, *args: Any, sequence_ranks: int, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, sequence_ranks: int, tile: int | None = None, offload: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         trainer: Any = self
         for wrong, what in _unfit(trainer):
@@ -49,13 +56,19 @@ class SequenceParallelMixin:
                 raise OptionError(f"a Trainer with sequence_ranks={sequence_ranks} does not take {what}")
         self.sequence = sequence_group(sequence_ranks, trainer.args.device.type)
         self.shards = SequenceShards(self.sequence)
-        enable(trainer.model, self.sequence)
+        self.saving: dict[str, Any] = {"tile": tile, "offload": offload}
+        self._prepare_model(trainer.model)
 
     def call_model_init(self, *args: Any, **kwargs: Any) -> Any:
         model = super().call_model_init(*args, **kwargs)  # type: ignore[misc]
-        if hasattr(self, "sequence"):  # a model for training, in place of the one of __init__
-            enable(model, self.sequence)
+        if hasattr(self, "saving"):  # a model for training, in place of the one of __init__
+            self._prepare_model(model)
         return model
+
+    def _prepare_model(self, model: Any) -> None:
+        enable(model, self.sequence)
+        own_loss = any("forward" in found.__dict__ for found in models_in(model).values())
+        save_memory(model, loss=not own_loss, **self.saving)
 
     # ---- data
 

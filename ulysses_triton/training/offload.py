@@ -47,6 +47,9 @@ class HostOffload:
         self._known: dict[StorageWeakRef, dict[tuple[Any, ...], weakref.ref[_Copy]]] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
+    def __deepcopy__(self, memo: Any) -> HostOffload:
+        return HostOffload(self.min_bytes)  # of a model that is copied
+
     @property
     def host_bytes(self) -> int:
         """Bytes that are in host buffers now."""

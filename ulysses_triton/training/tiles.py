@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,26 +87,37 @@ def tile_tokens(module: nn.Module, tile: int = TILE) -> Tiled:
     return Tiled(module, tile)
 
 
-class Tiled:
-    """A forward that goes over tiles, in place of a module's own."""
+class Replaced:
+    """A forward in place of a module's own (`whole`), to be called instead, until `remove()`."""
 
-    def __init__(self, module: nn.Module, tile: int) -> None:
-        self.module, self.tile, self.whole = module, tile, module.forward
-        self.known = False  # to work on every token by itself
-        self.followed = False  # backward, once
-        self._replaced = module.__dict__.get("forward")  # by another library, on this module alone
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.whole = module, module.forward
+        self._before = module.__dict__.get("forward")  # of another library, on this module alone
         functools.update_wrapper(self, self.whole)  # libraries ask for the signature
         module.forward = self
-        if "deepspeed" in sys.modules:
-            from deepspeed.utils import set_z3_leaf_module
-
-            set_z3_leaf_module(module, True)
 
     def remove(self) -> None:
         """Give the module its own forward back."""
         del self.module.forward
-        if self._replaced is not None:
-            self.module.forward = self._replaced
+        if self._before is not None:
+            self.module.forward = self._before
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+class Tiled(Replaced):
+    """A forward that goes over tiles."""
+
+    def __init__(self, module: nn.Module, tile: int) -> None:
+        super().__init__(module)
+        self.tile = tile
+        self.known = False  # to work on every token by itself
+        self.followed = False  # backward, once
+        if "deepspeed" in sys.modules:
+            from deepspeed.utils import set_z3_leaf_module
+
+            set_z3_leaf_module(module, True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         given = (*args, *kwargs.values())
@@ -126,23 +137,9 @@ class Tiled:
             found = list(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
             raise _refusal(self.module, f"for tokens {[*lead, *x.shape]} it returned {found}, not as many tokens")
         if torch.is_grad_enabled() and not self.followed:
-            self._follow(y, x)
+            require_own(y, [x, *self.module.parameters()], self.module)
+            self.followed = True
         return y.reshape(x.size(0), y.size(-1))
-
-    def _follow(self, y: Tensor, x: Tensor) -> None:
-        """Raise where y follows from tensors whose gradients nobody would get."""
-        own = {id(x), *map(id, self.module.parameters())}
-        nodes, seen = [y.grad_fn], set()
-        while nodes:
-            node = nodes.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            nodes += [before for before, _ in node.next_functions]
-            if hasattr(node, "variable") and id(node.variable) not in own:
-                shape = list(node.variable.shape)
-                raise _refusal(self.module, f"it uses a tensor {shape} that needs a gradient and is no parameter of it")
-        self.followed = True
 
     def _try(self, x: Tensor) -> None:
         """Raise for a module that mixes tokens, or whose parts FSDP or ZeRO-3 would gather once per tile."""
@@ -176,6 +173,21 @@ def require_gathered_whole(module: nn.Module) -> None:
             "ZeRO-3 would gather the modules inside it once per tile; import deepspeed and set up tiles before "
             f"deepspeed.initialize, or call deepspeed.utils.set_z3_leaf_modules for {type(module).__name__} before it",
         )
+
+
+def require_own(y: Tensor, known: Iterable[Tensor], module: nn.Module) -> None:
+    """Raise OptionError where y follows from tensors, of which only `known` ones would get their gradients."""
+    own = set(map(id, known))
+    nodes, seen = [y.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [before for before, _ in node.next_functions]
+        if hasattr(node, "variable") and id(node.variable) not in own:
+            shape = list(node.variable.shape)
+            raise _refusal(module, f"it uses a tensor {shape} that needs a gradient and is no parameter of it")
 
 
 def _refusal(module: nn.Module, why: str) -> OptionError:
