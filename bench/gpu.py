@@ -1,6 +1,7 @@
 """Check every kernel against fp64 on this machine's GPU, then time them, and write records.
 
-    python -m bench.gpu [--part check,move,attend,layer,exchange] [--seconds N] [--out FOLDER] [--resume FOLDER]
+    python -m bench.gpu [--part check,move,attend,layer,exchange,memory] [--seconds N] [--out FOLDER]
+        [--resume FOLDER]
 
 from the root of the repository; it needs the repository and the machine's own torch and triton. A part ends by its
 budget of seconds at the latest: cases not begun by then are skipped, and the record says which. The telling cases come
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
     from ._data import Kernels
     from ._session import Session
 
-SECONDS = {"check": 150.0, "move": 40.0, "attend": 240.0, "layer": 60.0, "exchange": 180.0}  # of each, in this order
+SECONDS = {  # of each part, in this order
+    "check": 150.0, "move": 40.0, "attend": 240.0, "layer": 60.0, "exchange": 180.0, "memory": 60.0,
+}  # fmt: skip
 WRITE_EVERY = 5.0  # seconds, of the record of a part that runs
 _CONTENT = {
     "check": "every kernel and the whole layer on 1, 2 and 4 virtual ranks against fp64",
@@ -38,6 +41,7 @@ _CONTENT = {
     "attend": "attention forward and backward: TFLOP/s against SDPA, FlexAttention and FlashAttention",
     "layer": "a layer on virtual ranks that share the GPU: milliseconds per phase, and against SDPA",
     "exchange": "a layer on processes that share the GPU, over symm and nccl, also captured; overlap, emulated",
+    "memory": "what a training step holds at most, with loss and MLPs over tiles and checkpoints in host memory",
 }
 
 

@@ -450,7 +450,6 @@ VARIANTS: dict[str, tuple[int, Callable[..., None], dict[str, Any]]] = {
     "fsdp_4": (RANKS, hugging_face, {"sequence_ranks": 4, "sharded": True}),
     "fsdp_4_resumed": (RANKS, hugging_face, {"sequence_ranks": 4, "sharded": True, "resume": "fsdp_4"}),
     "fsdp_2x2": (RANKS, hugging_face, {"sequence_ranks": 2, "sharded": True}),
-    "tiled_4": (RANKS, hugging_face, {"sequence_ranks": 4, "short": 3, "saving": SAVING}),
     "tiled_fsdp_2x2": (RANKS, hugging_face, {"sequence_ranks": 2, "sharded": True, "saving": SAVING}),
     "tiled_sft_4": (RANKS, fine_tuning, {"sequence_ranks": 4, "packing": "padded"} | SAVING),
     "refused": (RANKS, refusals, {}),

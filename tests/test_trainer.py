@@ -26,7 +26,6 @@ REFERENCES = {  # of every run on ranks: what one process does with the same dat
     "trainer_2x2": "trainer_1",
     "fsdp_4": "trainer_1",
     "fsdp_2x2": "trainer_1",
-    "tiled_4": "trainer_1_short",
     "tiled_fsdp_2x2": "trainer_1",
     "tiled_sft_4": "sft_padded_1",
     "sft_bfd_4": "sft_bfd_1",

@@ -56,7 +56,7 @@ class SequenceParallelMixin:
                 raise OptionError(f"a Trainer with sequence_ranks={sequence_ranks} does not take {what}")
         self.sequence = sequence_group(sequence_ranks, trainer.args.device.type)
         self.shards = SequenceShards(self.sequence)
-        self.saving = {"tile": tile, "offload": offload}
+        self.saving: dict[str, Any] = {"tile": tile, "offload": offload}
         self._prepare_model(trainer.model)
 
     def call_model_init(self, *args: Any, **kwargs: Any) -> Any:
