@@ -28,7 +28,7 @@ from bench._session import Session  # noqa: E402
 
 sys.path.remove(str(ROOT))  # where `kernels` would pass for another project's package
 
-PARTS = ("check", "move", "attend", "layer", "exchange")
+PARTS = ("check", "move", "attend", "layer", "exchange", "memory")
 DRY_RUN = """
 import sys
 
