@@ -57,10 +57,13 @@ def test_parameters(name, parameters):
 
 
 def test_the_presets_training_model_is_the_training_commands():
-    from ulysses_triton.training.config import ModelConfig
+    from ulysses_triton import UlyssesGroup
+    from ulysses_triton.training.config import TrainConfig
     from ulysses_triton.training.model import LanguageModel
 
-    assert PRESETS["ulysses-tiny"].parameters == sum(p.numel() for p in LanguageModel(ModelConfig()).parameters())
+    with UlyssesGroup() as group:
+        model = LanguageModel(TrainConfig("", 1), group)
+    assert PRESETS["ulysses-tiny"].parameters == sum(p.numel() for p in model.parameters())
 
 
 def test_a_configuration_gives_the_preset(tmp_path):
