@@ -50,7 +50,6 @@ class Asked:
     layers: int = 2
     width: int = 128
     heads: int = 4
-    rope_base: float = 1e6  # at 10,000 all channels have turned by themselves over 8,192 tokens
     lr: float = 3e-3
     seed: int = 0
 
@@ -73,6 +72,12 @@ def draw(stage: Stage, generator: torch.Generator) -> tuple[Tensor, Tensor, Tens
     return tokens, labels, order
 
 
+def frequencies(dim: int) -> Tensor:
+    """RoPE's, for half of a head's channels: the others compare contents, at any distance. float64 [dim / 4]."""
+    pairs = torch.arange(dim // 4, dtype=torch.float64)
+    return 10_000 ** (-4 * pairs / dim)
+
+
 class Layer(nn.Module):
     """x + attention(norm(x)), causal, with QK-norm and RoPE."""
 
@@ -87,20 +92,21 @@ class Layer(nn.Module):
         self.k_norm = nn.Parameter(torch.ones(dim))
 
     @torch.no_grad()
-    def look_back(self, base: float, pairs: int = 4) -> None:
+    def look_back(self, pairs: int = 4) -> None:
         """Begin by attending to the token before: queries are keys turned back by one token, in the fastest channels.
 
         A value must learn which key it stands behind; that all by itself took most of the training.
         """
         q, k, _ = self.qkv.bias.view(3, self.heads, -1)
-        turn = base ** (-2 * torch.arange(pairs) / q.size(1))
-        k[:, :pairs] = 1.5
-        q[:, :pairs], q[:, q.size(1) // 2 :][:, :pairs] = 1.5 * turn.cos(), -1.5 * turn.sin()
+        turn = frequencies(q.size(1))
+        cos, sin = turn[:pairs].cos(), turn[:pairs].sin()
+        k[:, : len(cos)] = 1.5
+        q[:, : len(cos)], q[:, len(turn) :][:, : len(cos)] = 1.5 * cos, -1.5 * sin
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], group: UlyssesGroup) -> Tensor:
         attended = ulysses_qkv_attention(
-            self.qkv(self.norm(x)), group, heads=self.heads, kv_heads=self.heads, rope=rope, q_norm=self.q_norm,
-            k_norm=self.k_norm, causal=True,
+            self.qkv(self.norm(x)), group, heads=self.heads, kv_heads=self.heads, rope=rope,
+            rope_dim=len(self.q_norm) // 2, q_norm=self.q_norm, k_norm=self.k_norm, causal=True,
         )  # fmt: skip
         assert isinstance(attended, Tensor)
         return x + self.out(attended.flatten(2))
@@ -111,18 +117,17 @@ class Model(nn.Module):
 
     def __init__(self, asked: Asked) -> None:
         super().__init__()
-        self.dim, self.base = asked.width // asked.heads, asked.rope_base
+        self.dim = asked.width // asked.heads
         self.embedding = nn.Embedding(256, asked.width)
         self.layers = nn.ModuleList(Layer(asked) for _ in range(asked.layers))
-        self.layers[0].look_back(asked.rope_base)
+        self.layers[0].look_back()
         self.norm = nn.RMSNorm(asked.width)
         self.head = nn.Linear(asked.width, KINDS, bias=False)
         with torch.no_grad():  # a value is told by what it looks like: to copy is one map for all of them
             self.head.weight.copy_(self.embedding.weight[VALUES:] / asked.width**0.5)
 
     def forward(self, tokens: Tensor, positions: Tensor, group: UlyssesGroup) -> Tensor:
-        half = torch.arange(self.dim // 2, dtype=torch.float64)
-        angles = positions.double()[:, None] * self.base ** (-2 * half / self.dim)
+        angles = positions.double()[:, None] * frequencies(self.dim)
         rope = angles.cos().float(), angles.sin().float()
         x = self.embedding(tokens)
         for layer in self.layers:

@@ -173,7 +173,7 @@ def training_stability(records: Sequence[Record]) -> Section:
     return Section(
         "Training over more ranks is the same training",
         f"`ulysses-triton train --stage {record['stage']}` with the same weights and sequences for every number of "
-        "ranks. Differences are the largest of a step: of losses in nats per byte, of gradient norms as a share of the norm.",
+        "ranks. Differences are the largest of a step: losses in nats per byte, gradient norms as a share of the norm.",
         {"stability": table(stability.HEADER, stability.rows(record["cases"]))},
         pictures,
     )
@@ -239,7 +239,7 @@ def faults(records: Sequence[Record]) -> Section:
     header = (f"one rank of {record['ranks']}", *(f"`{name}`" for name in record["exchanges"]), "error")
     return Section(
         "When a rank fails",
-        "Seconds until a survivor raises: the median and the longest over survivors, forward and backward; the deadline "
+        "Seconds until a survivor raises: median and longest over survivors, forward and backward; the deadline "
         f"is {record['deadline']:g} s.",
         {"faults": table(header, (row(what, list(found)) for what, found in grouped))},
     )

@@ -69,9 +69,7 @@ def filled(text: str, tables: Mapping[str, str]) -> str:
     def put(place: re.Match[str]) -> str:
         begin, name, _, end = place.groups()
         if name not in tables:
-            raise SystemExit(
-                f"README has a place for a table {name!r}, and no record gives it: run the bench that does"
-            )
+            raise SystemExit(f"README has a place for a table {name!r}, and no record gives it: run what writes one")
         return f"{begin}\n{tables[name]}\n\n{end}"
 
     return PLACE.sub(put, text)

@@ -30,11 +30,11 @@ from . import _record
 from ._retrieval import KINDS, Asked, Stage, serve
 
 STAGES = (
-    Stage(300, 64, 32, 16),
-    Stage(150, 256, 16, 32),
-    Stage(60, 1024, 4, 32),
-    Stage(40, 4096, 1, 32),
-    Stage(30, 8192, 1, 32),
+    Stage(200, 64, 32, 16),
+    Stage(60, 256, 16, 32),
+    Stage(40, 1024, 4, 32),
+    Stage(30, 4096, 1, 32),
+    Stage(20, 8192, 1, 32),
 )
 EXAMINED = ((512, 100), (2048, 100), (8192, 100), (16384, 20))
 

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.stability", description=lines[0])
     parser.add_argument("--ranks", default="1,2,4", metavar="N[,N]", help="default: %(default)s")
     parser.add_argument("--dtype", default="fp32,bf16", metavar="NAME[,NAME]", help="default: %(default)s")
-    parser.add_argument("--stage", default="300x512x2", metavar="STEPSxLENGTHxBATCH", help="default: %(default)s")
+    parser.add_argument("--stage", default="200x512x2", metavar="STEPSxLENGTHxBATCH", help="default: %(default)s")
     parser.add_argument(
         "--out", default=None, type=Path, metavar="FOLDER", help="for the record; else $OUT or bench/results"
     )
