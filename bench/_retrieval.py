@@ -11,6 +11,7 @@ x + attention(norm(x))), and all of it goes through `ulysses_qkv_attention`: seq
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -79,7 +80,10 @@ def frequencies(dim: int) -> Tensor:
 
 
 class Layer(nn.Module):
-    """x + attention(norm(x)), causal, with QK-norm and RoPE."""
+    """x + attention(norm(x)), causal, with QK-norm and RoPE.
+
+    Scores grow with the logarithm of the length (Chiang and Cholak 2022), so that one key stands out among more.
+    """
 
     def __init__(self, asked: Asked) -> None:
         super().__init__()
@@ -104,9 +108,10 @@ class Layer(nn.Module):
         q[:, : len(cos)], q[:, len(turn) :][:, : len(cos)] = 1.5 * cos, -1.5 * sin
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], group: UlyssesGroup) -> Tensor:
+        dim, length = len(self.q_norm), x.size(1) * group.size
         attended = ulysses_qkv_attention(
             self.qkv(self.norm(x)), group, heads=self.heads, kv_heads=self.heads, rope=rope,
-            rope_dim=len(self.q_norm) // 2, q_norm=self.q_norm, k_norm=self.k_norm, causal=True,
+            rope_dim=dim // 2, q_norm=self.q_norm, k_norm=self.k_norm, causal=True, scale=math.log(length, 64) / dim**0.5,
         )  # fmt: skip
         assert isinstance(attended, Tensor)
         return x + self.out(attended.flatten(2))

@@ -30,13 +30,13 @@ from . import _record
 from ._retrieval import KINDS, Asked, Stage, serve
 
 STAGES = (
-    Stage(200, 64, 32, 16),
-    Stage(60, 256, 16, 32),
-    Stage(40, 1024, 4, 32),
-    Stage(30, 4096, 1, 32),
-    Stage(20, 8192, 1, 32),
+    Stage(160, 64, 32, 16),
+    Stage(40, 256, 16, 32),
+    Stage(30, 1024, 4, 32),
+    Stage(20, 4096, 1, 32),
+    Stage(15, 8192, 1, 32),
 )
-EXAMINED = ((512, 100), (2048, 100), (8192, 100), (16384, 20))
+EXAMINED = ((512, 50), (2048, 50), (8192, 50), (16384, 10))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -46,9 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     whole: dict[tuple[int, str], dict[str, list[float]]] = {}
     for dtype in asked.dtype.split(","):
         for ranks in sorted(map(int, asked.ranks.split(","))):
+            said = f"{ranks} rank{'s' * (ranks > 1)}"
             found = whole[ranks, dtype] = train(ranks, dtype, asked.stage)
-            cases.append({"case": f"{dtype} on {ranks} ranks", "ranks": ranks, "dtype": dtype, "ok": True, **found})
-            print(f"{dtype} on {ranks} ranks: loss {end(found):.4f} at the end, {found['seconds']:.0f} s", flush=True)
+            cases.append({"case": f"{dtype} on {said}", "ranks": ranks, "dtype": dtype, "ok": True, **found})
+            print(f"{dtype} on {said}: loss {end(found):.4f} at the end, {found['seconds']:.0f} s", flush=True)
     for case in cases:
         one, fp32 = whole.get((1, case["dtype"])), whole.get((case["ranks"], "fp32"))
         if one and case["ranks"] > 1:
