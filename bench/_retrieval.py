@@ -96,22 +96,23 @@ class Layer(nn.Module):
         self.k_norm = nn.Parameter(torch.ones(dim))
 
     @torch.no_grad()
-    def look_back(self, pairs: int = 4) -> None:
-        """Begin by attending to the token before: queries are keys turned back by one token, in the fastest channels.
+    def look_back(self) -> None:
+        """Begin by attending to the token before: queries are keys turned back by one token, in the channels of RoPE.
 
-        A value must learn which key it stands behind; that all by itself took most of the training.
+        A value must learn which key it stands behind; that all by itself took most of the training. With the fastest
+        channels alone many a token far away looks like the one before.
         """
         q, k, _ = self.qkv.bias.view(3, self.heads, -1)
         turn = frequencies(q.size(1))
-        cos, sin = turn[:pairs].cos(), turn[:pairs].sin()
-        k[:, : len(cos)] = 1.5
-        q[:, : len(cos)], q[:, len(turn) :][:, : len(cos)] = 1.5 * cos, -1.5 * sin
+        k[:, : len(turn)] = 3.0
+        q[:, : 2 * len(turn)] = 3.0 * torch.cat([turn.cos(), -turn.sin()])
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], group: UlyssesGroup) -> Tensor:
         dim, length = len(self.q_norm), x.size(1) * group.size
         attended = ulysses_qkv_attention(
             self.qkv(self.norm(x)), group, heads=self.heads, kv_heads=self.heads, rope=rope,
-            rope_dim=dim // 2, q_norm=self.q_norm, k_norm=self.k_norm, causal=True, scale=math.log(length, 64) / dim**0.5,
+            rope_dim=dim // 2, q_norm=self.q_norm, k_norm=self.k_norm, causal=True,
+            scale=math.log(length, 64) / dim**0.5,
         )  # fmt: skip
         assert isinstance(attended, Tensor)
         return x + self.out(attended.flatten(2))
