@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CXX_USED := $(if $(filter default undefined,$(origin CXX)),g++,$(CXX))
 
-.PHONY: train test test-slow lint format setup peers limits hugging-face compiler headers clean
+.PHONY: train test test-slow lint format setup peers limits hugging-face report compiler headers clean
 
 train: $(READY)
 	$(BIN)/ulysses-triton train $(if $(RANKS),--ranks $(RANKS)) $(ARGS)
@@ -42,6 +42,10 @@ limits: $(VENV_PEERS)/.peers-ready
 # Which models of transformers are right over shards, theirs and ours.
 hugging-face: $(VENV_PEERS)/.peers-ready
 	$(VENV_PEERS)/bin/python -m bench.hugging_face $(ARGS)
+
+# bench/REPORT.md, its pictures and README's tables, from the records in bench/results.
+report: $(READY)
+	$(BIN)/python -m bench.report $(ARGS)
 
 $(VENV_PEERS)/.peers-ready: requirements/dev.txt requirements/peers.txt pyproject.toml
 	@$(MAKE) --no-print-directory VENV=$(VENV_PEERS) setup

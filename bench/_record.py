@@ -8,6 +8,8 @@ import math
 import os
 import platform
 import re
+import shlex
+import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,16 +24,19 @@ SOURCES = ("kernels/*.py", "autotune_cache/*.json", "ulysses_triton/**/*.py", "b
 
 
 def environment(device: torch.device, *, dry: bool) -> dict[str, Any]:
-    """Device, versions, commit and date: what every record begins with."""
+    """Command, machine, versions, commit and date: what every record begins with."""
     name, memory = platform.processor() or platform.machine(), None
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         name, memory = properties.name, properties.total_memory
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "commit": commit(),
         "sources": sources(),
         "dry_run": dry,
+        "cpu": processor(),
+        "cpus": os.cpu_count(),
         "device": {"name": name, "type": device.type, "memory_bytes": memory},
         "versions": {
             "python": platform.python_version(),
@@ -41,6 +46,13 @@ def environment(device: torch.device, *, dry: bool) -> dict[str, Any]:
             "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
         },
     }
+
+
+def processor() -> str | None:
+    """The CPU's own name, where the system tells it."""
+    told = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.+)$", told.read_text(), re.MULTILINE) if told.exists() else []
+    return names[0] if names else None
 
 
 def sources(root: Path = ROOT) -> str:
@@ -72,6 +84,11 @@ def commit(root: Path = ROOT) -> str:
             if line.endswith(f" {reference}"):
                 return line.split()[0]
     return "unknown"
+
+
+def versions(about: dict[str, Any]) -> str:
+    """As "torch 2.13.0, triton 3.7.1, ...": of what is there."""
+    return ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
 
 
 def default_folder() -> Path:

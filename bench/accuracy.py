@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -17,6 +18,8 @@ from ulysses_triton import run_virtual
 from ulysses_triton.case import Case, Inputs, Layer, Results, draw, exact, peer
 from ulysses_triton.kernels._config import INTERPRET
 from ulysses_triton.truth import FP32
+
+from . import _record
 
 NAMES = ("out", "dq", "dk", "dv")
 
@@ -38,13 +41,17 @@ def main() -> int:
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument(
+        "--out", default=None, type=Path, metavar="FOLDER", help="for the record; else $OUT or bench/results"
+    )
     asked = parser.parse_args()
+    about = _record.environment(torch.device("cpu"), dry=False)
     base = Case(
         tokens=asked.tokens, heads=asked.heads, kv_heads=asked.kv_heads, head_dim=asked.head_dim,
         value_dim=asked.head_dim, ranks=asked.ranks,
     )  # fmt: skip
     print(f"{'dtype':5} {'mask':7} {'attention':10} " + " ".join(f"{name:>9}" for name in NAMES) + "   times PyTorch's")
-    held = True
+    records = []
     for dtype in ("fp32",) if INTERPRET else ("fp32", "bf16", "fp16"):
         for causal in (False, True):
             case = replace(base, dtype=dtype, causal=causal)
@@ -59,9 +66,15 @@ def main() -> int:
                 numbers = " ".join(f"{e:9.2e}" for e in mine)
                 ratios = " ".join(f"{e / p:5.2f}" for e, p in zip(mine, theirs, strict=True))
                 print(f"{dtype:5} {'causal' if causal else 'dense':7} {name:10} {numbers}   {ratios}")
-                held &= all(e <= limit for e, limit in zip(mine, limits, strict=True))
+                fine = all(e <= limit for e, limit in zip(mine, limits, strict=True))
+                mask = "causal" if causal else "dense"
+                records.append({"case": f"{dtype}, {mask}, {name}", "dtype": dtype, "mask": mask, "attention": name,
+                                "ok": fine, "errors": dict(zip(NAMES, mine, strict=True))})  # fmt: skip
+    held = all(record["ok"] for record in records)
+    sizes = {key: getattr(asked, key) for key in ("tokens", "heads", "kv_heads", "head_dim", "ranks")}
+    path = _record.write(asked.out or _record.default_folder(), "accuracy", about | sizes | {"cases": records})
     verdict = "holds" if held else "DOES NOT HOLD"
-    print(f"{base}\nfp32 at most {FP32:g}, bf16 and fp16 at most twice PyTorch's own: {verdict}")
+    print(f"{base}\nfp32 at most {FP32:g}, bf16 and fp16 at most twice PyTorch's own: {verdict}\nrecord: {path}")
     return 0 if held else 1
 
 

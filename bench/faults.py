@@ -16,12 +16,14 @@ import os
 import statistics
 import sys
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from ulysses_triton import run_virtual
 
-from . import _faults
+from . import _faults, _record
 from ._faults import FAULTS, LOST, RANKS, Seen
 
 WHENS = (("forward", 1), ("backward", 2))  # with as many chunks
@@ -89,12 +91,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.faults", description=__doc__.split("\n\n")[0])
     parser.add_argument("--deadline", type=float, default=5.0, help="seconds (default: %(default)g)")
     parser.add_argument("--exchanges", default="shm,torch,virtual", help="default: %(default)s")
+    parser.add_argument(
+        "--out", default=None, type=Path, metavar="FOLDER", help="for the record; else $OUT or bench/results"
+    )
     chosen = parser.parse_args()
+    about = _record.environment(torch.device("cpu"), dry=False)
     exchanges = chosen.exchanges.split(",")
     print(f"Seconds until a survivor raises, p50 and max over survivors, forward and backward; deadline "
           f"{chosen.deadline:g} s\n")  # fmt: skip
     print("| one rank of three | " + " | ".join(exchanges) + " | error |\n|" + "---|" * (len(exchanges) + 2))
-    fine = True
+    records = []
     for fault, what in FAULTS.items():
         cells, kinds = [], set()
         for exchange in exchanges:
@@ -107,11 +113,14 @@ def main() -> int:
                 seen += _on_threads(*case) if exchange == "virtual" else _on_processes(exchange, *case)
             kinds |= {found.kind or "nothing" for found in seen}
             why_not = _why_not(seen, chosen.deadline + ALLOWED)
-            fine = fine and not why_not
             seconds = [found.seconds for found in seen]
+            records.append({"case": what, "exchange": exchange, "ok": not why_not, "why_not": why_not,
+                            "seconds": sorted(seconds), "errors": sorted({found.kind for found in seen})})  # fmt: skip
             cells.append(f"**{why_not}**" if why_not else f"{statistics.median(seconds):.2f}, {max(seconds):.2f}")
         print(f"| {what} | " + " | ".join(cells) + f" | {', '.join(sorted(kinds))} |", flush=True)
-    return 0 if fine else 1
+    about |= {"deadline": chosen.deadline, "ranks": RANKS, "exchanges": exchanges, "cases": records}
+    print(f"record: {_record.write(chosen.out or _record.default_folder(), 'faults', about)}")
+    return 0 if all(record["ok"] for record in records) else 1
 
 
 if __name__ == "__main__":

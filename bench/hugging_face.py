@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,12 +52,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [name for name in CONTESTANTS if not missing([NEEDS.get(name, "transformers")])]
     about = _record.environment(torch.device("cpu"), dry=False)
     packages = ["transformers", *dict.fromkeys(NEEDS[name] for name in names if name in NEEDS)]
-    versions = [f"torch {about['versions']['torch']}", *(f"{package} {version(package)}" for package in packages)]
-    print(f"{', '.join(versions)}; commit {about['commit']}, sources {about['sources']}")
+    about["versions"] |= {package: version(package) for package in packages}
+    print(f"{_record.versions(about)}; commit {about['commit']}, sources {about['sources']}")
     if len(names) < len(CONTESTANTS):
         print("DeepSpeed is not installed here: `make hugging-face` runs this where it is")
     rows = [(title(case), case) for case in cases(asked.ranks) if asked.only in title(case)]
-    return show(f"{asked.ranks} ranks", names, rows, lambda name, case: attempt(name, case, asked.deadline))
+    about |= {"deadline": asked.deadline, "ranks": asked.ranks}
+    return show(
+        f"{asked.ranks} ranks", names, rows, lambda name, case: attempt(name, case, asked.deadline),
+        "hugging_face", about, asked.out,
+    )  # fmt: skip
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -65,6 +70,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ranks", default=4, type=int, metavar="N", help="default: %(default)s")
     parser.add_argument("--only", default="", metavar="TEXT", help="rows whose title has this text")
     parser.add_argument("--deadline", default=60.0, type=float, metavar="N", help="seconds (default: %(default)g)")
+    parser.add_argument(
+        "--out", default=None, type=Path, metavar="FOLDER", help="for the record; else $OUT or bench/results"
+    )
     return parser.parse_args(argv)
 
 

@@ -95,28 +95,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [name for name, packages in needs.items() if not missing(packages)]
     about = _record.environment(torch.device("cpu"), dry=False)
     packages = dict.fromkeys(package for name in names for package in needs[name])
-    versions = [f"torch {about['versions']['torch']}", *(f"{package} {version(package)}" for package in packages)]
-    print(f"{', '.join(versions)}; commit {about['commit']}, sources {about['sources']}")
+    about["versions"] |= {package: version(package) for package in packages}
+    print(f"{_record.versions(about)}; commit {about['commit']}, sources {about['sources']}")
     for name in needs:
         if name not in names:
             print(f"{name} is not installed here: `make limits` runs this where it is")
     rows = [(title(cases), cases) for cases in ([(asked.case,)] if asked.case else TABLE)]
-    return show("", names, rows, lambda name, cases: attempt(name, cases, asked.deadline))
+    about["deadline"] = asked.deadline
+    return show("", names, rows, lambda name, cases: attempt(name, cases, asked.deadline), "limits", about, asked.out)
 
 
-def show(corner: str, names: Sequence[str], rows: Sequence[tuple[str, Row]], run: Callable[[str, Row], Found]) -> int:
-    """Run every contestant on every row; print the table and its messages. Returns the exit status, 1 if ours fails."""
+def show(
+    corner: str, names: Sequence[str], rows: Sequence[tuple[str, Row]], run: Callable[[str, Row], Found],
+    part: str, about: dict[str, Any], folder: Path | None,
+) -> int:  # fmt: skip
+    """Run every contestant on every row; print the table and its messages, write the record of `part`.
+
+    Returns the exit status, 1 if ours fails.
+    """
     print(f"\n|{f' {corner}' if corner else ''} | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}", flush=True)
     messages: list[str] = []
-    fine = True
+    records = []
     for said, row in rows:
         found = {name: run(name, row) for name in names}
-        fine = fine and found["ours"].fine
+        records += [{"case": said, "contestant": name, "ok": x.fine, **x._asdict()} for name, x in found.items()]
         print(f"| {said} | {' | '.join(cell(x, messages) for x in found.values())} |", flush=True)
     print()
     for number, message in enumerate(messages, 1):
         print(f"{number}. {message}")
-    return 0 if fine else 1
+    print(f"record: {_record.write(folder or _record.default_folder(), part, about | {'cases': records})}")
+    return 0 if all(record["ok"] for record in records if record["contestant"] == "ours") else 1
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -127,6 +135,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ranks", default=4, type=int, metavar="N", help="for --heads (default: %(default)s)")
     parser.add_argument("--seq", default=256, type=int, metavar="N", help="tokens for --heads (default: %(default)s)")
     parser.add_argument("--deadline", default=30.0, type=float, metavar="N", help="seconds (default: %(default)g)")
+    parser.add_argument(
+        "--out", default=None, type=Path, metavar="FOLDER", help="for the record; else $OUT or bench/results"
+    )
     found = parser.parse_args(argv)
     found.case = _case(found.heads, found.kv_heads or found.heads, found.ranks, found.seq) if found.heads else None
     return found

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from training_command import TEXT, losses
 
 from ulysses_triton.errors import OptionError
-from ulysses_triton.training import launch, loop
+from ulysses_triton.training import launch, loop, run_directory
 from ulysses_triton.training.config import ModelConfig, Stage, TrainConfig
 from ulysses_triton.training.model import LanguageModel
 from ulysses_triton.training.sharded import Grid
@@ -60,7 +60,7 @@ def train_all_variants(config: TrainConfig) -> None:
 class Watch:
     """Writes what a rank holds of the model, and the whole gradients of the first and the last step, to a file."""
 
-    def __init__(self, file: Path, clip: Callable[..., None], model: Callable[..., LanguageModel]) -> None:
+    def __init__(self, file: Path, clip: Callable[..., float], model: Callable[..., LanguageModel]) -> None:
         self.file, self._clip, self._model = file, clip, model
         self._steps, self._record = 0, {}
 
@@ -74,14 +74,14 @@ class Watch:
         self._record["local"] = sum(parameter.to_local().numel() for parameter in parameters)
         return model
 
-    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float, grid: Grid) -> None:
+    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float, grid: Grid) -> float:
         parameters = list(parameters)
         self._steps += 1
         if self._steps in (1, STEPS):
             self._record[self._steps] = [parameter.grad.full_tensor().clone() for parameter in parameters]
         if self._steps == STEPS:
             torch.save(self._record, self.file)
-        self._clip(parameters, max_norm, grid)
+        return self._clip(parameters, max_norm, grid)
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,14 @@ def test_gradients_are_those_of_one_rank(trained: Path, name: str, step: int, bo
     assert all(gradient.norm() > 0 for gradient in one)
     difference = torch.stack([(mine - its).norm() for mine, its in zip(one, other, strict=True)])
     assert difference.norm() <= bound * torch.stack([gradient.norm() for gradient in one]).norm()
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_the_norm_in_the_metrics_is_that_of_the_whole_gradient(trained: Path, name: str) -> None:
+    metrics = run_directory.read_metrics(trained / name)
+    for step in (1, STEPS):
+        norm = torch.stack([gradient.double().norm() for gradient in record(trained, name)[step]]).norm()
+        assert metrics[step - 1].gradient_norm == pytest.approx(norm.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["2", "4", "2x2"])

@@ -131,10 +131,10 @@ def train(
             value += loss.item()
         if not math.isfinite(value):
             raise UlyssesError(f"the loss is {value} at step {step}; a smaller --lr may help")
-        clip_gradients(model.parameters(), MAX_GRADIENT_NORM, grid)
+        norm = clip_gradients(model.parameters(), MAX_GRADIENT_NORM, grid)
         optimizer.step()
         now = time.perf_counter()
-        yield StepMetrics(step, value, rate, stage.batch * stage.length / (now - before), now - began)
+        yield StepMetrics(step, value, norm, rate, stage.batch * stage.length / (now - before), now - began)
         before = time.perf_counter()
 
 

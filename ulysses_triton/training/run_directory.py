@@ -23,15 +23,19 @@ from ..errors import OptionError
 from .config import TrainConfig
 
 SUMMARY = "summary.json"
-METRICS = ("step", "loss", "lr", "tokens_per_second", "seconds")
+METRICS = ("step", "loss", "gradient_norm", "lr", "tokens_per_second", "seconds")
 
 
 @dataclasses.dataclass(frozen=True)
 class StepMetrics:
-    """One line of `metrics.csv`: `loss` in nats per token, before the step's update; `seconds` since training began."""
+    """One line of `metrics.csv`: `loss` in nats per token, before the step's update; `seconds` since training began.
+
+    `gradient_norm` is that of the whole model's gradient, before it is clipped.
+    """
 
     step: int
     loss: float
+    gradient_norm: float
     lr: float
     tokens_per_second: float
     seconds: float
@@ -128,7 +132,9 @@ def require_same_text(out: str, sha256: str) -> None:
 
 def read_metrics(run: Path) -> list[StepMetrics]:
     """The lines of a run's `metrics.csv`; a last line that was cut short is left out."""
-    lines = (run / "metrics.csv").read_text().splitlines(keepends=True)[1:]
+    header, *lines = (run / "metrics.csv").read_text().splitlines(keepends=True)
+    if header.strip() != ",".join(METRICS):
+        raise OptionError(f"{run} was written by another version: metrics.csv has {header.strip()}, not {METRICS}")
     rows = [line.strip().split(",") for line in lines if line.endswith("\n")]
     return [StepMetrics(int(row[0]), *map(float, row[1:])) for row in rows]
 
@@ -142,7 +148,8 @@ def read_summary(run: Path) -> dict[str, Any]:
 
 def _line(metrics: StepMetrics) -> str:
     # Nine digits give back the same fp32 number.
-    return f"{metrics.step},{metrics.loss:.9g},{metrics.lr:.6g},{metrics.tokens_per_second:.1f},{metrics.seconds:.3f}\n"
+    numbers = f"{metrics.loss:.9g},{metrics.gradient_norm:.9g},{metrics.lr:.6g},{metrics.tokens_per_second:.1f}"
+    return f"{metrics.step},{numbers},{metrics.seconds:.3f}\n"
 
 
 def _json(value: object) -> str:

@@ -97,11 +97,16 @@ def _hear_from_rank_0(modules: Iterable[nn.Module], grid: Grid) -> None:
                 table[name] = heard[id(old)][1]  # type: ignore[assignment]
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, grid: Grid) -> None:
-    """Scale all gradients so that their norm over the whole model is at most `max_norm`; one collective."""
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, grid: Grid) -> float:
+    """Scale all gradients so that their norm over the whole model is at most `max_norm`; one collective.
+
+    Returns the norm they had before.
+    """
     parts = [parameter.grad.to_local() for parameter in parameters if isinstance(parameter.grad, DTensor)]
     squares = torch.stack([part.double().square().sum() for part in parts]).sum()
     dist.all_reduce(squares, group=grid.everyone)
-    scale = (max_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+    norm = squares.sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for part in parts:
         part.mul_(scale.to(part.dtype))
+    return norm.item()
