@@ -254,6 +254,7 @@ def _seconds(case: dict[str, Any]) -> str:
 REFUSALS = {  # what a message has in it: what a table says in place of "raises"
     "is invalid for input of size": "error of a reshape",
     "has no attribute": "no such attribute",
+    "s_aux must have shape": "error of the kernel",
     "does not support an attention implementation": "transformers refuses",
 }
 
