@@ -49,6 +49,8 @@ def setting(record: Record) -> str:
     machine = record.get("cpu") or record["device"]["name"] if cpu else record["device"]["name"]
     if cpu and record.get("cpus"):
         machine += f", {record['cpus']} cores"
+    if cpu and "load" in record:
+        machine += f", load {record['load'][0]:.1f} at the start"
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
     command = record.get("command", f"python -m bench.{record['part']}")
     return f"`{command}` on {machine}, {record['date'][:10]}, commit `{record['commit'][:7]}`; {versions}"
