@@ -86,6 +86,9 @@ def _fill(axes: Any, panel: Panel) -> None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     if panel.log_y:
         axes.set_yscale("log")
+        if max(y for curve in panel.curves for y in curve.y) >= 1:  # 20 and not 2 x 10^1
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     else:
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
     axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)

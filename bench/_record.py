@@ -37,6 +37,7 @@ def environment(device: torch.device, *, dry: bool) -> dict[str, Any]:
         "dry_run": dry,
         "cpu": processor(),
         "cpus": os.cpu_count(),
+        "load": os.getloadavg(),
         "device": {"name": name, "type": device.type, "memory_bytes": memory},
         "versions": {
             "python": platform.python_version(),

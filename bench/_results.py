@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,11 @@ def setting(record: Record) -> str:
     machine = record.get("cpu") or record["device"]["name"] if cpu else record["device"]["name"]
     if cpu and record.get("cpus"):
         machine += f", {record['cpus']} cores"
+    if cpu and "load" in record:
+        machine += f", load {record['load'][0]:.1f} at the start"
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
-    command = record.get("command", f"python -m bench.{record['part']}")
+    command = record.get("command", [f"bench.{record['part']}"])  # a list: the module and its options
+    command = command if isinstance(command, str) else shlex.join(["python", "-m", *command])
     return f"`{command}` on {machine}, {record['date'][:10]}, commit `{record['commit'][:7]}`; {versions}"
 
 

@@ -160,7 +160,7 @@ def _train(model: nn.Module, asked: Asked, group: UlyssesGroup) -> Iterator[dict
     optimizer = torch.optim.AdamW(model.parameters(), lr=asked.lr, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(asked.seed)  # all ranks draw the same sequences
     steps = sum(stage.steps for stage in asked.stages)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, asked.lr, total_steps=steps, pct_start=0.05)
+    rate = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=10)  # and no decay: long sequences come last
     step = 0
     for stage in asked.stages:
         for _ in range(stage.steps):

@@ -35,11 +35,11 @@ def peers(records: Sequence[Record]) -> Section:
         (part, case): list(found)
         for (part, case), found in groupby(sorted(every, key=_size), lambda c: (c["part"], c["case"]))
     }
-    origins = "\n".join(dict.fromkeys(setting(record) for record in records))
+    origins = "\n".join(dict.fromkeys(f"- {setting(record)}" for record in records))
     tables = {"lead": f"{_lead(every)}\n\n{origins}", "peers": _by_contestant(every)}
     tables |= {f"{part}: {case}": _contestants(found) for (part, case), found in by_table.items()}
     panels = [
-        Panel("exchange alone, 4 ranks", "tokens", "ms, forward and backward (median, 20-80%)",
+        Panel("exchange alone, 4 ranks, forward and backward", "tokens", "ms (median; band: 20-80%)",
               _curves(_equal_heads(every, "exchange"), "tokens"), log_x=True, log_y=True),
     ]  # fmt: skip
     scaling = [case for case in every if case["part"] == "scaling" and case.get("wire_bytes")]
@@ -75,7 +75,7 @@ def _curves(found: Cases, by: str, value: Callable[[dict[str, Any]], float] | No
     """A curve per contestant of what was measured: milliseconds with their spread, or `value`."""
     curves = []
     for name in dict.fromkeys(case["name"] for case in found):
-        points = sorted((case for case in found if case["name"] == name and "ms" in case), key=lambda c: c[by])
+        points = sorted((case for case in found if case["name"] == name and case["ok"]), key=lambda c: c[by])
         x = [case[by] for case in points]
         if value:
             curves.append(Curve(name, x, [value(case) for case in points]))
@@ -96,25 +96,28 @@ def _columns(every: Cases) -> list[tuple[str, Cases]]:
     ]
 
 
+def _timed(columns: Sequence[tuple[str, Cases]]) -> list[str]:
+    """The contestants that were timed in any of the columns."""
+    return list(dict.fromkeys(case["name"] for _, found in columns for case in found if "ms" in case))
+
+
 def _median(found: Cases, name: str) -> str | None:
     return next((f"{case['ms']['p50']:.0f}" for case in found if case["name"] == name and "ms" in case), None)
 
 
 def _lead(every: Cases) -> str:
-    """A line per contestant of the exchange: its medians in ms."""
+    """A line per contestant: its medians in ms."""
     columns = _columns(every)
-    names = dict.fromkeys(case["name"] for case in _equal_heads(every, "exchange"))
-    rows = [(name, *(_median(found, name) for _, found in columns)) for name in names]
+    rows = [(name, *(_median(found, name) for _, found in columns)) for name in _timed(columns)]
     return table(("ms", *(title for title, _ in columns)), rows)
 
 
 def _by_contestant(every: Cases) -> str:
     """A line per case, and one each for what is counted and for grouped heads."""
-    names = list(dict.fromkeys(case["name"] for case in _equal_heads(every, "exchange")))
-    rows: list[tuple[object, ...]] = [
-        (title, *(_median(found, name) for name in names)) for title, found in _columns(every)
-    ]
-    counted = {c["name"]: c["collectives"] for c in every if c["part"] == "exchange" and "collectives" in c}
+    columns = _columns(every)
+    names = _timed(columns)
+    rows: list[tuple[object, ...]] = [(title, *(_median(found, name) for name in names)) for title, found in columns]
+    counted = {c["name"]: c["collectives"] for _, found in columns for c in found if "collectives" in c}
     rows.append(("collectives", *(counted.get(name) for name in names)))
     grouped = [case for case in every if case["kv_heads"] < case["heads"]]
     for heads in sorted({(case["heads"], case["kv_heads"]) for case in grouped}):
@@ -273,6 +276,7 @@ def _seconds(case: dict[str, Any]) -> str:
 REFUSALS = {  # what a message has in it: what a table says in place of "raises"
     "is invalid for input of size": "error of a reshape",
     "has no attribute": "no such attribute",
+    "s_aux must have shape": "error of the kernel",
     "does not support an attention implementation": "transformers refuses",
 }
 

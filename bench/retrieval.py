@@ -30,11 +30,12 @@ from . import _record
 from ._retrieval import KINDS, Asked, Stage, serve
 
 STAGES = (
-    Stage(150, 64, 32, 16),
-    Stage(40, 256, 16, 32),
-    Stage(20, 1024, 4, 32),
-    Stage(10, 4096, 1, 32),
-    Stage(10, 8192, 1, 32),
+    Stage(80, 64, 32, 16),
+    Stage(30, 256, 16, 32),
+    Stage(30, 1024, 4, 32),
+    Stage(20, 2048, 2, 32),
+    Stage(20, 4096, 1, 32),
+    Stage(20, 8192, 1, 32),
 )
 EXAMINED = ((512, 50), (2048, 50), (8192, 50), (16384, 10))
 

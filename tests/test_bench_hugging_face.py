@@ -76,14 +76,16 @@ def test_documents_and_positions() -> None:
     assert CASE.documents()[:, -18:].tolist() == [[0] + [-1] * 17, [0] * 18]
 
 
-def test_the_smallest_run_shows_ours_and_says_what_to_install() -> None:
+def test_the_smallest_run_shows_ours_and_says_what_to_install(tmp_path: Path) -> None:
     absent = "import sys; sys.modules['deepspeed'] = None; "
     options = ["--ranks", "2", "--only", "Llama, 3 heads"]
     done = subprocess.run(
         [sys.executable, "-c", f"{absent}from bench import hugging_face; sys.exit(hugging_face.main({options}))"],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "OUT": str(tmp_path)}, capture_output=True, text=True,
+        timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "DeepSpeed is not installed here: `make hugging-face`" in done.stdout
     cells = next(line for line in done.stdout.splitlines() if line.startswith("| Llama, 3 heads")).split("|")
     assert len(cells) == 6 and all(text.strip().startswith("right, ") for text in cells[2:5])
+    assert [path.name.split("-")[0] for path in tmp_path.iterdir()] == ["hugging_face"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import multiprocessing
 import os
@@ -66,8 +67,8 @@ def test_cells_share_their_messages():
     assert "8 heads, 62 tokens / 4 ranks" in titles and len(titles) == len(limits.TABLE)
 
 
-def test_the_smallest_run_shows_ours_and_says_what_to_install():
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+def test_the_smallest_run_shows_ours_and_says_what_to_install(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OUT": str(tmp_path)}
     absent = "import sys; sys.modules |= dict.fromkeys(['deepspeed', 'transformers', 'yunchang']); "
     options = ["--heads", "3", "--kv-heads", "1", "--ranks", "3", "--seq", "2"]
     done = subprocess.run(
@@ -78,6 +79,9 @@ def test_the_smallest_run_shows_ours_and_says_what_to_install():
     assert "deepspeed ALST is not installed here: `make limits`" in done.stdout
     row = next(line for line in done.stdout.splitlines() if line.startswith("| 3 heads, 1 kv, 2 tokens / 3 ranks |"))
     assert row.split("|")[2].strip().startswith("right, ")
+    (path,) = tmp_path.iterdir()
+    (case,) = json.loads(path.read_text())["cases"]
+    assert (case["contestant"], case["verdict"], case["ok"]) == ("ours", "right", True) and case["error"] < 1e-6
 
 
 def _refuse(cases):
