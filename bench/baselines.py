@@ -261,15 +261,15 @@ def ring_self_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     themselves.
     """
     (batch, length, heads, dim), kv_heads, ranks = q.shape, k.size(2), dist.get_world_size()
-    need = ranks * 3 * batch * heads * length * length * ranks * q.element_size()
+    need = ranks * 3 * batch * heads * length * length * ranks * _wide(q).itemsize
     room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if not q.is_cuda and need > 0.7 * room:
         raise MemoryError(f"scores need {need / 1e9:.1f} GB on {ranks} ranks of a machine of {room / 1e9:.1f} GB")
     keys = torch.arange(length * ranks, device=q.device)
     later = keys > keys[dist.get_rank() * length :][:length, None]  # [L, S]
-    rows = (q * dim**-0.5).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)  # [B, Hkv, Hq / Hkv, L, D]
+    rows = (q.to(_wide(q)) * dim**-0.5).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)  # [B, Hkv, Hq / Hkv, L, D]
     scores = _RingQK.apply(rows.flatten(2, 3), k.transpose(1, 2)).unflatten(2, (-1, length))
-    weights = scores.masked_fill_(later, float("-inf")).softmax(-1).flatten(2, 3)
+    weights = scores.masked_fill_(later, float("-inf")).softmax(-1).to(v.dtype).flatten(2, 3)
     out = _RingAV.apply(weights, v.transpose(1, 2))
     return out.unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
@@ -286,7 +286,7 @@ def _own_of_sum(whole: Tensor) -> Tensor:
 
 
 class _RingQK(torch.autograd.Function):
-    """q [B, H, R, D] against the keys of all ranks, of k [B, H, L, D] each: scores [B, H, R, S]."""
+    """q [B, H, R, D] against the keys of all ranks, of k [B, H, L, D] each: scores [B, H, R, S], of q's dtype."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor) -> Tensor:
@@ -294,17 +294,17 @@ class _RingQK(torch.autograd.Function):
         length = k.size(2)
         scores = q.new_empty(*q.shape[:3], length * dist.get_world_size())
         for rank, block in _blocks(k.contiguous()):
-            scores[..., _columns(rank, length)] = q @ block.mT
+            scores[..., _columns(rank, length)] = q @ block.to(q.dtype).mT
         return scores
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         q, k = ctx.saved_tensors
-        dk = _own_of_sum(grad.mT @ q)
-        dq = torch.zeros_like(q, dtype=_wide(q))
+        dk = _own_of_sum((grad.mT @ q).to(k.dtype))
+        dq = torch.zeros_like(q)
         for rank, block in _blocks(k.contiguous()):
-            dq += grad[..., _columns(rank, k.size(2))] @ block
-        return dq.to(q.dtype), dk
+            dq += grad[..., _columns(rank, k.size(2))] @ block.to(q.dtype)
+        return dq, dk
 
 
 class _RingAV(torch.autograd.Function):
