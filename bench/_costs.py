@@ -104,11 +104,11 @@ class Costs:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # or blocks that earlier runs freed would be taken without growth
         Path("/proc/self/clear_refs").write_text("5")  # the highest resident memory begins anew
-        resident, pooled, sent = _status("VmRSS"), _pooled(group), bytes_sent()
+        resident, sent = _status("VmRSS"), bytes_sent()
         yield
         self.socket_bytes = bytes_sent() - sent
         self.rss_bytes = max(0, _status("VmHWM") - resident)
-        self.live_bytes = _pooled(group) - pooled
+        self.live_bytes = group.pool.held + group.pool.free if group else 0  # the profiler does not know of these
 
     def record(self) -> dict[str, int | None]:
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
@@ -178,10 +178,6 @@ def _status(name: str) -> int:
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) * 1024
-
-
-def _pooled(group: UlyssesGroup | None) -> int:
-    return group.pool.held + group.pool.free if group else 0
 
 
 def _most_live(profile: torch.autograd.profiler.profile) -> int:

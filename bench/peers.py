@@ -48,9 +48,8 @@ from ._contestants import PARTS, PEERS, missing
 from ._peer_tables import scaling, show, targets
 from ._peers import Asked, serve, variables
 
-# If nothing is said, by part: tokens of the whole sequence, and dtypes on CPUs (in fp32 USP's ring is wrong).
-SEQ = {"attention": [2048, 8192], "exchange": [2048, 8192, 32768]}
-DTYPES = {"attention": ["fp32", "bf16"], "exchange": ["fp32"], "scaling": ["fp32"]}
+# Tokens of the whole sequence by part and dtype, if nothing is said. In fp32 USP's rings are wrong.
+SEQ = {"attention": {"fp32": [2048, 8192], "bf16": [2048]}, "exchange": {"fp32": [2048, 8192, 32768]}}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,7 +98,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seq", help="tokens of the whole sequence, but in `scaling`", **many)
     parser.add_argument("--ranks", help="how many processes, but in `scaling`; default 4, or all GPUs", **many)
     parser.add_argument("--scaling", help="how many processes in `scaling`; default 1,2,4,8", **many)
-    parser.add_argument("--per-rank", default=2048, type=int, metavar="N", help="tokens of a rank in `scaling`")
+    parser.add_argument("--per-rank", default=1024, type=int, metavar="N", help="tokens of a rank in `scaling`")
     parser.add_argument("--heads", default=8, type=int, metavar="N", help="query heads")
     parser.add_argument("--kv-heads", default=[8], **many)
     parser.add_argument("--dim", default=64, type=int, metavar="N", help="of a head")
@@ -107,7 +106,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", type=_names(known), metavar="NAME[,NAME]", help="default fp32, or bf16 on GPUs")
     parser.add_argument("--device", default="cuda" if gpus > 1 else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--repeat", default=25, type=int, metavar="N", help="times at most (3 at least)")
-    parser.add_argument("--seconds", default=30.0, type=float, metavar="N", help="about this long for a table")
+    parser.add_argument("--seconds", default=20.0, type=float, metavar="N", help="about this long for a table")
     parser.add_argument("--quick", action="store_true", help="256 tokens on 2 ranks, to see that it runs")
     parser.add_argument(
         "--out", default=None, type=Path, metavar="FOLDER", help="for records; else $OUT or bench/results"
@@ -160,8 +159,8 @@ def _versions(names: Iterable[str]) -> dict[str, str]:
 def _runs(asked: argparse.Namespace) -> Iterator[list[tuple[str, Case]]]:
     """The tables of each set of processes. Scaling has new ones, whose memory nothing else has touched."""
 
-    def cases(part: str, ranks: int, lengths: Sequence[int]) -> Iterator[tuple[str, Case]]:
-        for dtype in asked.dtype or DTYPES[part]:
+    def cases(part: str, ranks: int, by_dtype: dict[str, list[int]]) -> Iterator[tuple[str, Case]]:
+        for dtype, lengths in by_dtype.items():
             for kv_heads in asked.kv_heads:
                 for tokens in lengths:
                     yield part, Case(
@@ -171,9 +170,15 @@ def _runs(asked: argparse.Namespace) -> Iterator[list[tuple[str, Case]]]:
 
     parts = [part for part in asked.part if part != "scaling"]
     for ranks in asked.ranks if parts else ():
-        yield [table for part in parts for table in cases(part, ranks, asked.seq or SEQ[part])]
+        yield [table for part in parts for table in cases(part, ranks, _lengths(asked, part))]
     for ranks in asked.scaling if "scaling" in asked.part else ():
-        yield list(cases("scaling", ranks, [asked.per_rank * ranks]))
+        yield list(cases("scaling", ranks, {dtype: [asked.per_rank * ranks] for dtype in asked.dtype or ["fp32"]}))
+
+
+def _lengths(asked: argparse.Namespace, part: str) -> dict[str, list[int]]:
+    """Tokens to measure, by dtype."""
+    dtypes = asked.dtype or list(SEQ[part])
+    return {dtype: asked.seq or SEQ[part].get(dtype, SEQ[part]["fp32"]) for dtype in dtypes}
 
 
 class RankError(Exception):
