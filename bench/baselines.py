@@ -77,21 +77,28 @@ def megatron(q: Tensor, k: Tensor, v: Tensor, attend: Attention) -> Tensor:
 
 def _gathered(x: Tensor) -> Tensor:
     """[B, L, ...] of all ranks as [B, S, ...]."""
-    parts = x.new_empty(dist.get_world_size(), *x.shape)
-    dist.all_gather(list(parts), x.contiguous())
+    x, (rank, ranks) = x.contiguous(), (dist.get_rank(), dist.get_world_size())
+    parts = x.new_empty(ranks, *x.shape)
+    if x.is_cuda:
+        dist.all_gather(list(parts), x)
+    else:  # gloo's own all-gather takes twice as long
+        parts[rank] = x
+        hops = [dist.P2POp(dist.isend, x, (rank + n) % ranks) for n in range(1, ranks)]
+        hops += [dist.P2POp(dist.irecv, parts[rank - n], (rank - n) % ranks) for n in range(1, ranks)]
+        for work in dist.batch_isend_irecv(hops) if hops else ():
+            work.wait()
     return parts.transpose(0, 1).flatten(1, 2)
 
 
 def _scattered(x: Tensor) -> Tensor:
     """The sum over ranks of [B, S, ...], of which each gets its tokens."""
-    parts = list(x.unflatten(1, (dist.get_world_size(), -1)).transpose(0, 1).contiguous())
+    parts = x.unflatten(1, (dist.get_world_size(), -1)).transpose(0, 1).contiguous()
     if x.is_cuda:
         out = torch.empty_like(parts[0])
-        dist.reduce_scatter(out, parts)
+        dist.reduce_scatter(out, list(parts))
         return out
-    sent = torch.stack(parts)  # gloo's own reduce-scatter is an all-reduce, of twice the bytes
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent)
+    received = torch.empty_like(parts)  # gloo's own reduce-scatter is an all-reduce, of twice the bytes
+    dist.all_to_all_single(received, parts)
     return received.sum(0)
 
 
