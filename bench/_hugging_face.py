@@ -17,8 +17,9 @@ from torch import Tensor
 from ulysses_triton import UlyssesGroup, shard_lens, shard_sequence
 from ulysses_triton.integrations.transformers import enable
 
+from ._contestants import contestants
 from ._limits import NEVER
-from ._peers import contestants, variables
+from ._peers import variables
 
 WINDOW = 6
 VOCABULARY = 50

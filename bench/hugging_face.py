@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from . import _record
-from ._peers import missing
+from ._contestants import missing
 from .limits import Found, failed, show, told
 
 LIMIT = 1e-5

@@ -41,8 +41,8 @@ from ulysses_triton import truth
 from ulysses_triton.case import Case, draw, exact
 
 from . import _record
+from ._contestants import missing
 from ._limits import MODULES, NAMES, tell
-from ._peers import missing
 
 Row = TypeVar("Row")
 

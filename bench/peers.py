@@ -1,20 +1,25 @@
-"""Our layer against DeepSpeed's `DistributedAttention` and yunchang's `UlyssesAttention`, on CPU ranks of this host.
+"""Our layer against DeepSpeed, yunchang's Ulysses and USP, PyTorch's context parallel, Megatron's way, and rings.
 
-    make peers ARGS="--seq 2048,8192,32768 --ranks 4 --kv-heads 8"
+    make peers                                     # from the root of the repository; under 10 minutes
+    make peers ARGS="--part exchange --seq 32768"
 
-from the root of the repository: it puts the peers into a virtual environment of their own, .venv-peers, the first time,
-and then runs `python -m bench.peers` there, here with the defaults. Ranks are processes that meet over gloo, one thread
-each. All contestants get the same tensors, one sequence, causal, in the layout each is made for (DeepSpeed
-`[L, 1, H, D]`, its default and the one with fewest copies; the others `[1, L, H, D]`), and the same local attention:
-PyTorch's flash kernel for CPUs, by a function around `scaled_dot_product_attention`; ours also runs as it is shipped,
-where `attention="aten"` calls that kernel itself. The part `exchange` has an identity in attention's place: it gives q
-for the output, and the output's gradient for those of q, k and v, so that all messages travel.
+puts the libraries into a virtual environment of their own, .venv-peers, the first time, and then runs
+`python -m bench.peers` there. Ranks are processes: with `--device cuda`, the default where there are several GPUs, one
+per GPU over NCCL (this was never run), else on CPUs of this host over gloo, one thread each.
+
+All contestants get the same tensors, one sequence, causal, in the layout and order each is made for, and the same local
+attention, PyTorch's flash kernel, ours also as it is shipped. There are three parts: `attention`, a whole layer;
+`exchange`, with an identity in attention's place, which gives q for the output, and the output's gradient for those of
+q, k and v, so that all messages travel; and `scaling`, whole layers of ever more tokens on ever more ranks. Megatron's
+way and the rings are our own and described in `bench/baselines.py`; a ring moves while it attends, so it has no part in
+`exchange`.
 
 What is wrong against fp64 or raises is said, and not timed. The rest takes turns within one run, in the same processes;
 a time is forward + backward of the slowest rank. Counted on rank 0, forward + backward: collectives of the data (or
-hops of a one-sided exchange), messages of control, copies (`aten::copy_` and `aten::cat`; one-sided they are the
-transfer) and their bytes, bytes for other ranks, and the bytes that backward keeps beside the inputs. `others` is how
-many cores other programs kept busy meanwhile: 0 if the machine was quiet. Without peers it measures ours alone.
+hops), messages of control, copies (`aten::copy_` and `aten::cat`; one-sided they are the transfer) and their bytes,
+bytes for other ranks by what is handed over, by the method's formula and by what TCP sockets sent (shared memory has
+none), bytes that backward keeps beside the inputs, and in `scaling` the peaks of live tensors and of resident memory.
+`others` is how many cores other programs kept busy meanwhile: 0 if the machine was quiet.
 
     python -m bench.peers --quick               # toy sizes: the checks are real, the times mean nothing
 
@@ -28,10 +33,9 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
@@ -40,18 +44,23 @@ import torch.distributed as dist
 from ulysses_triton.case import Case
 
 from . import _record
-from ._peers import PARTS, PEERS, Asked, missing, serve, variables
-from ._session import verdict
+from ._contestants import PARTS, PEERS, missing
+from ._peer_tables import scaling, show, targets
+from ._peers import Asked, serve, variables
+
+# Tokens of the whole sequence by part and dtype, if nothing is said. In fp32 USP's rings are wrong.
+SEQ = {"attention": {"fp32": [2048, 8192], "bf16": [2048]}, "exchange": {"fp32": [2048, 8192, 32768]}}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit status."""
     asked = _arguments(argv)
-    absent = missing(asked.peers)
-    about = _record.environment(torch.device("cpu"), dry=asked.quick)
-    about["versions"] |= _versions(name for name in asked.peers if name not in absent)
+    packages = {name: package for name in asked.peers if (package := PEERS[name].package)}
+    absent = missing(list(dict.fromkeys(packages.values())))
+    about = _record.environment(torch.device(asked.device), dry=asked.quick)
+    about["versions"] |= _versions(name for name in dict.fromkeys(packages.values()) if name not in absent)
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
-    about |= {"cpus": os.cpu_count(), "load": os.getloadavg()}
+    about |= {"cpus": os.cpu_count(), "load": os.getloadavg(), "command": ["bench.peers", *(argv or sys.argv[1:])]}
     print(f"{about['device']['name']}, {about['cpus']} CPUs, load {about['load'][0]:.2f}; {versions}; "
           f"commit {about['commit']}, sources {about['sources']}")  # fmt: skip
     for name in absent:
@@ -60,9 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("QUICK: toy sizes, the times mean nothing")
     records: list[dict[str, Any]] = []
     path, failure = None, None
-    peers = tuple(name for name in asked.peers if name not in absent)
-    for ranks in asked.ranks:
-        told = Asked(tuple(_cases(asked, ranks)), tuple(asked.part), peers, asked.repeat, asked.seconds)
+    peers = tuple(name for name in asked.peers if packages.get(name) not in absent)
+    for tables in _runs(asked):
+        told = Asked(tuple(tables), peers, asked.repeat, asked.seconds, asked.device)
         try:
             for fresh in _run(told):
                 records += fresh
@@ -70,8 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 path = _record.write(asked.out, "peers", about | {"cases": records})
         except RankError as error:
             failure = error
-            print(f"bench.peers: with {ranks} ranks: {error}", file=sys.stderr)
-    print(f"\n== targets\n{targets(records)}")
+            print(f"bench.peers: with {told.ranks} ranks: {error}", file=sys.stderr)
+    print(f"\n{scaling(records)}\n== targets\n{targets(records)}")
     if path:
         print(f"record: {path}")
     if failure:
@@ -81,32 +90,45 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     lines = (__doc__ or "").splitlines()
+    gpus = torch.cuda.device_count()
     parser = argparse.ArgumentParser(prog="python -m bench.peers", description=lines[0])
     many = {"type": _numbers, "metavar": "N[,N]"}
-    parser.add_argument("--seq", default=[2048, 8192, 32768], help="tokens of the whole sequence", **many)
-    parser.add_argument("--ranks", default=[4], help="how many processes", **many)
+    parser.add_argument("--part", default=PARTS, type=_names(PARTS), metavar="NAME[,NAME]", help=", ".join(PARTS))
+    parser.add_argument("--peers", default=PEERS, type=_names(PEERS), metavar="NAME[,NAME]", help=", ".join(PEERS))
+    parser.add_argument("--seq", help="tokens of the whole sequence, but in `scaling`", **many)
+    parser.add_argument("--ranks", help="how many processes, but in `scaling`; default 4, or all GPUs", **many)
+    parser.add_argument("--scaling", help="how many processes in `scaling`; default 1,2,4,8", **many)
+    parser.add_argument("--per-rank", default=1024, type=int, metavar="N", help="tokens of a rank in `scaling`")
     parser.add_argument("--heads", default=8, type=int, metavar="N", help="query heads")
     parser.add_argument("--kv-heads", default=[8], **many)
     parser.add_argument("--dim", default=64, type=int, metavar="N", help="of a head")
-    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16"))
-    parser.add_argument("--part", default=PARTS, type=_names(PARTS), metavar="NAME[,NAME]", help=", ".join(PARTS))
-    parser.add_argument("--peers", default=PEERS, type=_names(PEERS), metavar="NAME[,NAME]", help=", ".join(PEERS))
+    known = ("fp32", "bf16", "fp16")
+    parser.add_argument("--dtype", type=_names(known), metavar="NAME[,NAME]", help="default fp32, or bf16 on GPUs")
+    parser.add_argument("--device", default="cuda" if gpus > 1 else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--repeat", default=25, type=int, metavar="N", help="times at most (3 at least)")
-    parser.add_argument("--seconds", default=30.0, type=float, metavar="N", help="about this long for a table")
+    parser.add_argument("--seconds", default=20.0, type=float, metavar="N", help="about this long for a table")
     parser.add_argument("--quick", action="store_true", help="256 tokens on 2 ranks, to see that it runs")
     parser.add_argument(
         "--out", default=None, type=Path, metavar="FOLDER", help="for records; else $OUT or bench/results"
     )
     found = parser.parse_args(argv)
+    on_gpus = found.device == "cuda"
+    found.dtype = found.dtype or (["bf16"] if on_gpus else None)
+    found.ranks = found.ranks or [gpus if on_gpus else 4]
+    found.scaling = found.scaling or [n for n in (1, 2, 4, 8) if not on_gpus or n <= gpus]
     if found.quick:
-        found.seq, found.ranks, found.repeat = [256], [2], 3
+        found.seq, found.ranks, found.scaling, found.per_rank, found.repeat = [256], [2], [1, 2], 128, 3
     found.out = found.out or _record.default_folder()
-    for ranks in found.ranks:
-        for tokens in found.seq:
-            if ranks < 2 or found.heads % ranks or tokens % ranks:
-                parser.error(
-                    f"{ranks} ranks for {found.heads} heads and {tokens} tokens: at least 2, and a divisor of both"
-                )
+    for ranks in {*found.ranks, *found.scaling}:
+        if ranks < (2 if ranks in found.ranks else 1) or found.heads % ranks or (on_gpus and ranks > gpus):
+            parser.error(
+                f"{ranks} ranks for {found.heads} heads{f' and {gpus} GPUs' * on_gpus}: at least 2 (1 in `scaling`), a "
+                "divisor of the heads, and on GPUs at most one each"
+            )
+    for tokens in found.seq or ():
+        for ranks in found.ranks:
+            if tokens % ranks:
+                parser.error(f"{ranks} ranks do not divide {tokens} tokens")
     for kv_heads in found.kv_heads:
         if found.heads % kv_heads:
             parser.error(f"--kv-heads {kv_heads} does not divide --heads {found.heads}")
@@ -117,7 +139,7 @@ def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def _names(known: Sequence[str]) -> Callable[[str], list[str]]:
+def _names(known: Iterable[str]) -> Callable[[str], list[str]]:
     def names(text: str) -> list[str]:
         asked = [name for name in text.split(",") if name]
         unknown = [name for name in asked if name not in known]
@@ -134,13 +156,29 @@ def _versions(names: Iterable[str]) -> dict[str, str]:
     return {name: version(name) for name in names}
 
 
-def _cases(asked: argparse.Namespace, ranks: int) -> Iterator[Case]:
-    for kv_heads in asked.kv_heads:
-        for tokens in asked.seq:
-            yield Case(
-                tokens=tokens, heads=asked.heads, kv_heads=kv_heads, head_dim=asked.dim, value_dim=asked.dim,
-                dtype=asked.dtype, ranks=ranks,
-            )  # fmt: skip
+def _runs(asked: argparse.Namespace) -> Iterator[list[tuple[str, Case]]]:
+    """The tables of each set of processes. Scaling has new ones, whose memory nothing else has touched."""
+
+    def cases(part: str, ranks: int, by_dtype: dict[str, list[int]]) -> Iterator[tuple[str, Case]]:
+        for dtype, lengths in by_dtype.items():
+            for kv_heads in asked.kv_heads:
+                for tokens in lengths:
+                    yield part, Case(
+                        tokens=tokens, heads=asked.heads, kv_heads=kv_heads, head_dim=asked.dim, value_dim=asked.dim,
+                        dtype=dtype, ranks=ranks,
+                    )  # fmt: skip
+
+    parts = [part for part in asked.part if part != "scaling"]
+    for ranks in asked.ranks if parts else ():
+        yield [table for part in parts for table in cases(part, ranks, _lengths(asked, part))]
+    for ranks in asked.scaling if "scaling" in asked.part else ():
+        yield list(cases("scaling", ranks, {dtype: [asked.per_rank * ranks] for dtype in asked.dtype or ["fp32"]}))
+
+
+def _lengths(asked: argparse.Namespace, part: str) -> dict[str, list[int]]:
+    """Tokens to measure, by dtype."""
+    dtypes = asked.dtype or list(SEQ[part])
+    return {dtype: asked.seq or SEQ[part].get(dtype, SEQ[part]["fp32"]) for dtype in dtypes}
 
 
 class RankError(Exception):
@@ -149,7 +187,7 @@ class RankError(Exception):
 
 def _run(asked: Asked) -> Iterator[list[dict[str, Any]]]:
     """Start the ranks, and pass on what they find; ends them all."""
-    ranks = asked.cases[0].ranks
+    ranks = asked.ranks
     context = multiprocessing.get_context("spawn")
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes, pipes = [], []
@@ -157,7 +195,7 @@ def _run(asked: Asked) -> Iterator[list[dict[str, Any]]]:
         for rank in range(ranks):
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(target=serve, args=(rank, store.port, asked, theirs), daemon=True)
-            with mock.patch.dict(os.environ, variables(rank, ranks, store.port)):
+            with mock.patch.dict(os.environ, variables(rank, ranks, store.port, asked.device)):
                 os.environ.pop("TRITON_INTERPRET", None)  # it would put the kernels in the place of PyTorch's
                 process.start()
             theirs.close()
@@ -182,111 +220,6 @@ def _run(asked: Asked) -> Iterator[list[dict[str, Any]]]:
         for process in processes:
             process.kill()
             process.join()
-
-
-# ---- what the records say
-
-
-def fastest_peer(records: Sequence[dict[str, Any]]) -> float | None:
-    """The lowest median among the peers of one table."""
-    return min((r["ms"]["p50"] for r in records if not r["ours"] and "ms" in r), default=None)
-
-
-def show(records: Sequence[dict[str, Any]]) -> str:
-    """A line per contestant of one case and part."""
-    best = fastest_peer(records)
-
-    def line(r: dict[str, Any]) -> tuple[object, ...]:
-        ms = r.get("ms", {})
-        times = [ms.get(name) for name in ("p20", "p50", "p80")]
-        ratio = ms["p50"] / best if best and ms else None
-        sizes = [r.get(key) for key in ("copied_bytes", "wire_bytes", "saved_bytes")]
-        megabytes = [None if size is None else size / 1e6 for size in sizes]
-        counts = [r.get(key) for key in ("collectives", "control_messages", "copies")]
-        said = "cannot" if "cannot" in r else verdict({"refused": "", **r})
-        name = f"{r['contestant']} (default)" if r.get("default") else r["contestant"]
-        return name, *times, ratio, *counts, *megabytes, ms.get("repeats"), f" {said}"
-
-    header = ("", "p20 ms", "p50", "p80", "of faster peer", "collectives", "control", "copies")
-    header += ("copied MB", "sent MB", "saved MB", "repeats", " check")
-    text = _record.table(header, map(line, records))
-    lines = [f"others: {r['others_cores']:.2f} cores busy with other programs" for r in records if "ms" in r][:1]
-    lines += [f"{r['contestant']} cannot: {r['cannot'].splitlines()[0]}" for r in records if "cannot" in r]
-    return "\n".join([text, *lines])
-
-
-class Target(NamedTuple):
-    """A ratio of ours to a peer that may not be exceeded, in cases that fit."""
-
-    text: str
-    ours: Callable[[dict[str, Any]], bool]
-    theirs: Callable[[Sequence[dict[str, Any]]], float | None]
-    value: Callable[[dict[str, Any]], float | None]
-    most: float
-    fits: Callable[[dict[str, Any]], bool] = lambda r: True
-
-
-def _p50(r: dict[str, Any]) -> float | None:
-    return r["ms"]["p50"] if "ms" in r else None
-
-
-def _of(name: str, key: Callable[[dict[str, Any]], float | None]) -> Callable[[Sequence[dict[str, Any]]], float | None]:
-    return lambda records: next((key(r) for r in records if r["contestant"] == name), None)
-
-
-def _least_saved(records: Sequence[dict[str, Any]]) -> float | None:
-    return min((r["saved_bytes"] for r in records if not r["ours"] and r["ok"]), default=None)
-
-
-def _shipped(r: dict[str, Any]) -> bool:
-    """Ours by the default exchange, as a user gets it."""
-    return bool(r.get("default")) and not r["contestant"].endswith(", sdpa")
-
-
-def _exchange_of_32k(r: dict[str, Any]) -> bool:
-    sizes = [r[key] for key in ("part", "tokens", "ranks", "heads", "kv_heads", "head_dim", "dtype")]
-    return sizes == ["exchange", 32768, 4, 8, 8, 64, "fp32"]
-
-
-def _with_attention(r: dict[str, Any]) -> bool:
-    return r["part"] == "attention" and r["ranks"] == 4 and r["dtype"] == "fp32"
-
-
-TARGETS = (
-    Target("exchange alone, 32,768 tokens, 4 ranks: default <= 0.5 x deepspeed", _shipped,
-           _of("deepspeed", _p50), _p50, 0.5, _exchange_of_32k),
-    Target("exchange alone, 32,768 tokens, 4 ranks: torch <= 0.9 x deepspeed", lambda r: r.get("exchange") == "torch",
-           _of("deepspeed", _p50), _p50, 0.9, _exchange_of_32k),
-    Target("with attention, 4 ranks: default <= 1 x faster peer", _shipped, fastest_peer, _p50, 1.0, _with_attention),
-    Target("with attention, 4 ranks, 2,048 tokens: default <= 0.85 x faster peer", _shipped, fastest_peer, _p50, 0.85,
-           lambda r: _with_attention(r) and r["tokens"] == 2048),
-    Target("collectives: ours <= 0.5 x deepspeed", lambda r: r["ours"],
-           _of("deepspeed", lambda r: r.get("collectives")), lambda r: r.get("collectives"), 0.5),
-    Target("saved bytes: ours <= 1 x least of the peers", _shipped, _least_saved, lambda r: r.get("saved_bytes"), 1.0,
-           lambda r: r["part"] == "attention"),
-)  # fmt: skip
-
-
-def targets(records: Sequence[dict[str, Any]]) -> str:
-    """A line per target: in how many cases it is met, and the highest ratio."""
-    by_table = [list(table) for _, table in groupby(records, lambda r: (r["part"], r["case"]))]
-
-    def ratios(target: Target) -> Iterator[tuple[float, str]]:
-        for table in by_table:
-            theirs = target.theirs(table)
-            for r in table:
-                if theirs and target.ours(r) and target.fits(r) and (own := target.value(r)) is not None:
-                    yield own / theirs, r["case"]
-
-    def line(target: Target) -> tuple[object, ...]:
-        found = list(ratios(target))
-        if not found:
-            return target.text, "not measured", None, None, None
-        met = sum(x <= target.most for x, _ in found)
-        worst, case = max(found)
-        return target.text, "met" if met == len(found) else "NOT MET", f"{met} of {len(found)}", worst, case
-
-    return _record.table(("target", "", "cases", "highest", "at"), map(line, TARGETS))
 
 
 if __name__ == "__main__":

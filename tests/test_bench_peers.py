@@ -18,7 +18,7 @@ from ulysses_triton.case import Case, draw
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the benches are in no package that is installed
 
-from bench import _peers, peers  # noqa: E402
+from bench import _contestants, _peer_tables, _peers, peers  # noqa: E402
 
 sys.path.remove(str(ROOT))  # where `kernels` would pass for another project's package
 
@@ -46,7 +46,7 @@ def test_targets_are_held_to_the_faster_peer_of_the_same_table():
         record("ours torch", 10.0, case="other"),
         record("yunchang", 5.0, case="other", ranks=2),
     ]
-    text = peers.targets(records)
+    text = _peer_tables.targets(records)
     every, short, collectives, saved = (
         next(line for line in text.splitlines() if line.startswith(start))
         for start in ("with attention, 4 ranks: ", "with attention, 4 ranks, 2,048", "collectives", "saved")
@@ -66,25 +66,25 @@ def test_targets_of_the_exchange_want_their_one_size():
         record("ours torch, identity", 300.0, part="exchange", case="2k"),
         record("deepspeed", 100.0, part="exchange", case="2k"),
     ]
-    default, torch_only = peers.targets(records).splitlines()[1:3]
+    default, torch_only = _peer_tables.targets(records).splitlines()[1:3]
     # `identity` is how the exchange alone is measured, so it counts as what is shipped there
     assert "met  1 of 1" in default and "0.45" in default
     assert "NOT MET  0 of 1" in torch_only and "0.95" in torch_only
-    assert peers.targets(records[:2]).splitlines()[1].split("deepspeed")[1].split()[:2] == ["not", "measured"]
+    assert _peer_tables.targets(records[:2]).splitlines()[1].split("deepspeed")[1].split()[:2] == ["not", "measured"]
 
 
 def test_a_table_says_what_is_wrong_and_what_cannot():
     wrong = {"dk": {"error": 0.5, "allowed": 2e-6, "ok": False}}
-    text = peers.show(
+    text = _peer_tables.show(
         [
             record("ours torch", 50.0),
             record("deepspeed", None, ok=False, cannot="AssertionError: 2 kv heads\nand more"),
             record("yunchang", None, ok=False, errors=wrong),
         ]
     )
-    assert text.endswith("deepspeed cannot: AssertionError: 2 kv heads")
-    assert "WRONG: dk 5.0e-01 > 2.0e-06" in text
-    assert "of faster peer" in text and peers.fastest_peer([record("ours torch", 50.0)]) is None
+    assert "\ndeepspeed cannot: AssertionError: 2 kv heads\n" in text
+    assert text.endswith("yunchang is WRONG: dk 5.0e-01 > 2.0e-06")
+    assert "of fastest peer" in text and _peer_tables.fastest_peer([record("ours torch", 50.0)]) is None
 
 
 def test_a_wrong_result_is_found():
@@ -92,7 +92,7 @@ def test_a_wrong_result_is_found():
     inputs = draw(CASE, torch.device("cpu"))
     some = inputs.zero_but(_peers.checked_rows(CASE))
     leaves = [x.clone().requires_grad_() for x in inputs[:3]]
-    for part, attend, given in (("attention", _peers.sdpa, some), ("exchange", _peers.identity, inputs)):
+    for part, attend, given in (("attention", _contestants.sdpa, some), ("exchange", _contestants.identity, inputs)):
         out = attend(*leaves)
         grads = torch.autograd.grad(out, leaves, given.dout)
         right = dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *grads), strict=True))
@@ -110,14 +110,14 @@ def raising(q, k, v):
 def measure(ctx: Any, part: str) -> list[dict[str, Any]]:
     """`measured` on a rank, with a contestant that raises and one that is wrong beside ours."""
     with UlyssesGroup(exchange="torch") as group:
-        contestants = _peers.contestants(part, {"torch": group}, ())
-        contestants.append(_peers.Contestant("raising", raising))
-        contestants.append(_peers.Contestant("wrong", lambda q, k, v: v + 0 * (q + k)))
-        asked = _peers.Asked((CASE,), (part,), (), repeat=3, seconds=1.0)
+        contestants = _contestants.contestants(part, {"torch": group}, ())
+        contestants.append(_contestants.Contestant("raising", raising))
+        contestants.append(_contestants.Contestant("wrong", lambda q, k, v: v + 0 * (q + k)))
+        asked = _peers.Asked(((part, CASE),), (), repeat=3, seconds=1.0)
         return _peers.measured(CASE, part, contestants, "torch", asked)
 
 
-@pytest.mark.parametrize("part", _peers.PARTS)
+@pytest.mark.parametrize("part", _contestants.PARTS)
 def test_what_is_wrong_or_raises_is_not_timed(pool, part):
     records, _ = pool.fresh(2, measure, part)
     found = {r["contestant"]: r for r in records}
@@ -126,6 +126,8 @@ def test_what_is_wrong_or_raises_is_not_timed(pool, part):
     assert not any("ms" in found[name] for name in ("raising", "wrong"))
     for name in set(found) - {"raising", "wrong"}:
         assert found[name]["ok"] and found[name]["ms"]["repeats"] == 3, found[name]
+        for key in ("live_bytes", "rss_bytes"):
+            assert (found[name][key] is not None) == (part == "scaling")
 
 
 ROW = 4 * 16 * 4  # bytes of a token of one of q, k, v, O
@@ -135,6 +137,7 @@ def test_the_smallest_run_measures_ours_and_says_what_to_install(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "OUT"} | {"PYTHONPATH": str(ROOT)}
     absent = "import sys; sys.modules['deepspeed'] = sys.modules['yunchang'] = None; from bench import peers; "
     options = ["--quick", "--heads", "4", "--kv-heads", "4,1", "--dim", "16", "--out", str(tmp_path)]
+    options += ["--part", "attention,exchange"]
     done = subprocess.run(
         [sys.executable, "-c", f"{absent}sys.exit(peers.main({options}))"],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200,
@@ -145,15 +148,35 @@ def test_the_smallest_run_measures_ours_and_says_what_to_install(tmp_path):
     (path,) = tmp_path.glob("dry-run-peers-*.json")
     whole = json.loads(path.read_text())
     assert whole["cpus"] and whole["load"] and whole["commit"]
-    cases = whole["cases"]
-    assert {(r["part"], r["kv_heads"]) for r in cases} == {(p, n) for p in _peers.PARTS for n in (4, 1)}
-    assert sum(r["default"] for r in cases if r["part"] == "exchange") == 2
+    cases = [r for r in whole["cases"] if r["dtype"] == "fp32"]
+    assert {(r["part"], r["kv_heads"]) for r in cases} == {(p, n) for p in ("attention", "exchange") for n in (4, 1)}
+    assert {r["dtype"] for r in whole["cases"] if r["part"] == "attention"} == {"fp32", "bf16"}
+    assert sum(r["default"] for r in cases if r["part"] == "exchange" and r["ours"]) == 2
     for r in cases:
-        assert r["ok"] and r["ms"]["repeats"] == 3 and r["ms"]["p20"] <= r["ms"]["p50"] <= r["ms"]["p80"]
-        assert r["collectives"] == 4 and r["others_cores"] >= 0
-        kv = 4 if r["kv_heads"] == 4 else 2  # the one kv head goes to both ranks
-        assert r["wire_bytes"] == 256 // 2 // 2 * (2 * ROW + 2 * ROW * kv // 4) * 2  # half of a rank's rows, and back
-        assert (r["saved_bytes"] > 0) == (r["part"] == "attention")
+        if r["contestant"] == "torch context_parallel":
+            assert "scaled_dot_product" in r["cannot"]  # PyTorch has no kernel for it here
+            continue
+        assert r["ok"] and r["ms"]["repeats"] == 3 and r["ms"]["p20"] <= r["ms"]["p50"] <= r["ms"]["p80"], r
+        assert r["wire_bytes"] == r["formula_bytes"], r
+        assert r["live_bytes"] is r["rss_bytes"] is None
+        if r["ours"]:
+            assert r["collectives"] == 4 and r["others_cores"] >= 0
+            kv = 4 if r["kv_heads"] == 4 else 2  # the one kv head goes to both ranks
+            assert r["wire_bytes"] == 256 // 2 // 2 * (2 * ROW + 2 * ROW * kv // 4) * 2  # half of a rank's, and back
+            assert (r["saved_bytes"] > 0) == (r["part"] == "attention")
+
+
+def test_a_table_of_scaling():
+    sizes = {"part": "scaling", "tokens": 4096, "formula_bytes": None}
+    records = [
+        record("ours torch", 50.0, **sizes | {"tokens": 2048, "ranks": 2, "wire_bytes": 3_000_000}),
+        record("ring", 40.0, **sizes | {"tokens": 2048, "ranks": 2, "wire_bytes": 5_000_000}),
+        record("ours torch", 60.0, **sizes),
+        record("ring", None, **sizes | {"wire_bytes": None}),
+    ]
+    lines = _peer_tables.scaling(records).splitlines()
+    assert lines[0] == "== scaling: 1,024 tokens on each rank, 8 query and 8 kv heads of 64, fp32"
+    assert [line.split() for line in lines[2:4]] == [["ours", "torch", "3", "0.0005"], ["ring", "5", "-"]]
 
 
 def test_what_cannot_be_is_refused(capsys):
