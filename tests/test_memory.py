@@ -126,7 +126,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("exchange", ["shm", "torch"])
+@pytest.mark.parametrize("exchange", ["shm", pytest.param("torch", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 def test_gradients_that_come_back_chunk_by_chunk(pool, case, exchange):
     """Right, and the bits of those that come back at once."""

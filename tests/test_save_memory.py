@@ -187,7 +187,14 @@ def on_rank(ctx: Any, name: str, sharded: bool) -> Any:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-@pytest.mark.parametrize(("ranks", "sharded"), [(2, False), (4, False), (4, True)], ids=["2", "4", "FSDP2"])
+@pytest.mark.parametrize(
+    ("ranks", "sharded"),
+    [
+        pytest.param(2, False, marks=pytest.mark.slow, id="2"),
+        pytest.param(4, False, id="4"),
+        pytest.param(4, True, id="FSDP2"),
+    ],
+)
 def test_ranks_that_share_a_sequence(pool: Any, name: str, ranks: int, sharded: bool) -> None:
     model = build(name).double()
     truth = step(model, inputs() | {"num_items_in_batch": 100})

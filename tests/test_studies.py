@@ -73,6 +73,7 @@ def test_runs_apart_are_measured_by_step() -> None:
     assert len(found["losses"]) == 30
 
 
+@pytest.mark.slow
 def test_a_small_study_of_stability_runs(tmp_path: Path, capsys: Any) -> None:
     options = ["--ranks", "1,2", "--dtype", "fp32", "--stage", "3x64x2", "--out", str(tmp_path)]
     assert stability.main(options) == 0
