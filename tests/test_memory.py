@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from layer import Case, check, joined, run
 
-from bench._held import watch
 from ulysses_triton import UlyssesGroup, ulysses_attention
 from ulysses_triton.group import run_virtual
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the benches are in no package that is installed
+
+from bench._held import watch  # noqa: E402
+
+sys.path.remove(str(ROOT))  # where `kernels` would pass for another project's package
 
 RANKS, TOKENS, HEADS, DIM = 2, 512, 8, 32  # HEADS on every rank; fp32
 CHUNKS = (1, 2, 4, 8)
