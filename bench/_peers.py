@@ -26,7 +26,7 @@ from ._contestants import Contestant, contestants, groups
 from ._costs import Costs
 from ._measure import Timing, quantiles
 
-LEAST = 3  # repeats, also of what takes longer than its budget
+LEAST = 3  # rounds, and repeats also of what takes longer than its budget
 ROWS = 64  # of the sequence, whose truth is computed in fp64
 TIMEOUT = timedelta(minutes=30)  # ranks wait for rank 0, which computes the truth
 
@@ -158,25 +158,45 @@ def tried(
 # ---- times
 
 
-def times(runs: dict[str, Callable[[], object]], repeat: int, seconds: float, took: float) -> dict[str, Timing]:
-    """All in turn, again and again, beginning with another each time; of every repeat the slowest rank's time."""
-    names, limit = list(runs), torch.tensor([took])
-    dist.all_reduce(limit, dist.ReduceOp.MAX)
-    repeats = min(repeat, max(LEAST, int(seconds / max(limit.item(), 1e-6))))
-    found = torch.zeros(len(runs), repeats, dtype=torch.float64)
+def times(
+    runs: dict[str, Callable[[], object]], repeat: int, seconds: float, took: dict[str, float]
+) -> dict[str, Timing]:
+    """In three rounds, each beginning with another contestant; of every repeat the slowest rank's time.
+
+    All have about the same share of `seconds`. A turn is several calls in a row, as a training run makes them: the
+    first of them, which meets memory and caches as others left them, is not timed, unless what it runs is slow.
+    """
+    names = list(runs)
+    share = seconds / max(len(names), 1)
+
+    def one(name: str) -> float:
+        dist.barrier()
+        _settled()
+        begin = time.perf_counter()
+        runs[name]()
+        _settled()
+        return time.perf_counter() - begin
+
     gc.collect()
-    for i in range(-1 if repeats > LEAST else 0, repeats):  # the first one warms up; what is slow has run once already
-        for j in range(len(names)):
-            number = (i + j) % len(names)
-            dist.barrier()
-            _settled()
-            begin = time.perf_counter()
-            runs[names[number]]()
-            _settled()
-            if i >= 0:
-                found[number, i] = (time.perf_counter() - begin) * 1e3
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return {name: quantiles(row) for name, row in zip(names, found.tolist(), strict=True)}
+    likely = _slowest([took[name] for name in names])
+    slow = [t > share for t in likely]  # these have run once already
+    likely = _slowest([t if s else one(name) for name, t, s in zip(names, likely, slow, strict=True)])
+    calls = [max(1, min(repeat, int(share / max(t, 1e-6))) // LEAST) for t in likely]
+    turns = [(name, not s, n) for name, s, n in zip(names, slow, calls, strict=True)]
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(LEAST):
+        for name, warms_up, n in turns[i % len(turns) :] + turns[: i % len(turns)]:
+            if warms_up:
+                one(name)
+            found[name] += [one(name) for _ in range(n)]
+    return {name: quantiles([t * 1e3 for t in _slowest(row)]) for name, row in found.items()}
+
+
+def _slowest(seconds: Sequence[float]) -> list[float]:
+    """The longest that any rank took, of each."""
+    longest = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    return longest.tolist()
 
 
 def _settled() -> None:
@@ -209,7 +229,7 @@ def measured(case: Case, part: str, field: Sequence[Contestant], default: str, a
     device = torch.device(asked.device, dist.get_rank() if asked.device == "cuda" else None)
     inputs = draw(case, torch.device("cpu"))
     some = inputs.zero_but(checked_rows(case)) if part != "exchange" else inputs
-    records, right, took = [], [], 0.0
+    records, right, took = [], [], {}
     for contestant in field:
         record, seconds = tried(case, part, contestant, some, device)
         about = {"part": part, "case": str(case), "device": asked.device, "contestant": contestant.name}
@@ -220,7 +240,7 @@ def measured(case: Case, part: str, field: Sequence[Contestant], default: str, a
         records.append(about | record)
         if record["ok"]:
             right.append(contestant)
-            took += seconds
+            took[contestant.name] = seconds
     runs: dict[str, Callable[[], object]] = {}
     for contestant in right:
         leaves, dout = shards(case, contestant, inputs, device)

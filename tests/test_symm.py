@@ -365,8 +365,8 @@ def tables_by_step(group, case, level, made):
     counts = []
     for captures in (False, False, False, True, False):
         gc.collect()  # what the interpreter has been given lives until then
+        level.wait()  # in a capture, of either rank, nothing eager comes back: the other's collection may free it here
         group.exchange.symmetric._streams.graph = captures
-        level.wait()
         before = len(made)
         layer.run(case, group.rank, group)
         level.wait()
