@@ -5,11 +5,27 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from ._plots import Picture
 
 Record = dict[str, Any]
+Cases = Sequence[dict[str, Any]]
+
+
+class Section(NamedTuple):
+    """A part of the report. Tables have names, under which README shows some; they are in the order of the report."""
+
+    title: str
+    text: str
+    tables: Mapping[str, str]
+    pictures: Sequence[Picture] = ()
+
+
+def cases(records: Sequence[Record]) -> list[dict[str, Any]]:
+    return [case for record in records for case in record["cases"]]
 
 
 def read(folder: Path) -> list[Record]:

@@ -20,6 +20,7 @@ The exit status is 1 if a kernel cannot be launched, does not use the matrix ins
 rows element by element although their strides are aligned (`_accesses`), or spills more than `SPILLS` allows.
 
     python -m bench.aot [--targets sm_90,gfx942] [--cases bf16] [--kernels dkv] [--json FILE] [--processes 2]
+    python -m bench.aot --record                # all of it, and a record of its sums in bench/results
 
 must run with TRITON_INTERPRET unset, since Triton decides that when kernels are decorated.
 """
@@ -41,6 +42,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -50,7 +52,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ulysses_triton.kernels import _config
 from ulysses_triton.kernels._config import Launch
 
-from . import _machine_code, _roofline
+from . import _machine_code, _record, _roofline
 from ._accesses import accesses, is_narrow, is_scalar, scalar_rows
 from ._aot_cases import attention_case, cases, movement_case  # noqa: F401 (of this module for its users)
 from ._machine_code import Work
@@ -68,6 +70,8 @@ PRODUCTS = {  # of a tile of scores with a matrix of D channels, and with one of
     "attend_dq_kernel": (2, 1),
     "attend_dkv_kernel": (2, 2),
 }
+PLAIN = "bf16 D=128 causal"  # the case whose share of the roofline stands for a kernel
+NAMES = {"attend_forward_kernel": "forward", "attend_dq_kernel": "dq", "attend_dkv_kernel": "dk, dv"}
 SPILLS = {"attend_forward_kernel": 0, "attend_dq_kernel": 0, "attend_dkv_kernel": 8}
 
 
@@ -281,6 +285,26 @@ def row(name: str, r: Report) -> str:
     return "\n".join([line.rstrip(), *(f"    FAULT: {fault}" for fault in r.faults())])
 
 
+def summary(found: Sequence[tuple[str, Report]]) -> list[dict[str, Any]]:
+    """For each target and kernel: how many were compiled, the worst of them, and the roofline's share in `PLAIN`."""
+    groups: dict[tuple[str, str], list[tuple[str, Report]]] = {}
+    for name, report in found:
+        groups.setdefault((report.target, report.kernel), []).append((name, report))
+    return [
+        {
+            "case": target,
+            "kernel": kernel,
+            "ok": not any(r.faults() for _, r in group),
+            "compiled": len(group),
+            "faults": sum(bool(r.faults()) for _, r in group),
+            "registers": (min(r.registers for _, r in group), max(r.registers for _, r in group)),
+            "spills": max(r.spill_stores for _, r in group),
+            "share": next((r.share for name, r in group if name == PLAIN), None),
+        }
+        for (target, kernel), group in groups.items()
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     assert not _config.INTERPRET, "unset TRITON_INTERPRET: interpreted kernels cannot be compiled"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -288,11 +312,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", default="", help="only cases whose name contains this")
     parser.add_argument("--kernels", default="", help="only kernels whose name contains this")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers there")
+    parser.add_argument("--record", action="store_true", help="also write a record, of all targets, cases and kernels")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile side by side; 0: this one")
     args = parser.parse_args(argv)
     targets = args.targets.split(",")
     if unknown := set(targets) - set(TARGETS):
         parser.error(f"unknown targets {sorted(unknown)}: there are {list(TARGETS)}")
+    if args.record and (args.cases or args.kernels or set(targets) != set(TARGETS)):
+        parser.error("--record is of a whole run: leave out --targets, --cases and --kernels")
     jobs = [(name, target, args.kernels) for name, _ in cases() if args.cases in name for target in targets]
     found: list[tuple[str, Report]] = []
     print(HEADER)
@@ -307,6 +334,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         records = [{"case": name} | asdict(r) | {"occupancy": r.occupancy, "faults": r.faults()} for name, r in found]
         args.json.write_text(json.dumps(records, indent=1) + "\n")
+    if args.record:
+        about = _record.environment(torch.device("cpu"), dry=False)
+        about |= {
+            "plain": PLAIN,
+            "products": NAMES,
+            "gpus": {name: f"{gpu.name} ({name})" for name, gpu in GPUS.items()},
+        }
+        print(f"record: {_record.write(_record.default_folder(), 'aot', about | {'cases': summary(found)})}")
     return int(faulty > 0 or not found)
 
 

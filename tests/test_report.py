@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the benches are in no package that is installed
 
-from bench import _plots, _results, _sections, report  # noqa: E402
+from bench import _peers_section, _plots, _results, _sections, report  # noqa: E402
 
 sys.path.remove(str(ROOT))  # where `kernels` would pass for another project's package
 
@@ -119,7 +119,7 @@ def test_contestants_stand_beside_each_other_and_what_cannot_run_is_said() -> No
     grouped = contestant("ours shm, identity", 1024, 5, default=True, kv_heads=2, case="grouped")
     refused = contestant("deepspeed", 1024, 0, kv_heads=2, case="grouped", ok=False, cannot="Error: no\nmore")
     del refused["ms"], refused["collectives"]
-    section = _sections.peers([record("peers", "01", [*ours, *theirs, grouped, refused], file="x.json")])
+    section = _peers_section.peers([record("peers", "01", [*ours, *theirs, grouped, refused], file="x.json")])
     assert "| exchange alone, 2,048 tokens | 20 | 41 |" in section.tables["peers"]
     assert "| collectives | 4 | 8 |" in section.tables["peers"]
     assert "| 8 query and 2 kv heads | yes | cannot |" in section.tables["peers"]
@@ -131,7 +131,7 @@ def test_contestants_stand_beside_each_other_and_what_cannot_run_is_said() -> No
         ("deepspeed", [20.48, 40.96]),
     ]
     scaled = [contestant("ours shm", 1024 * n, 1, ranks=n, part="scaling", wire_bytes=4e6) for n in (2, 4)]
-    section = _sections.peers([record("peers", "01", [*ours, *scaled], file="x.json")])
+    section = _peers_section.peers([record("peers", "01", [*ours, *scaled], file="x.json")])
     assert list(section.pictures[0].panels[1].curves[0].y) == [4.0, 4.0]
 
 
@@ -157,3 +157,24 @@ def test_every_picture_of_the_records_can_be_drawn(tmp_path: Path) -> None:
         assert picture.hash in text
         assert all(panel.title in text and panel.curves[0].name in text for panel in picture.panels)
         assert path.read_bytes() == _plots.draw(picture, tmp_path).read_bytes()
+
+
+def test_machine_code_has_a_row_for_each_kernel() -> None:
+    forward = {"kernel": "attend_forward_kernel", "ok": True, "compiled": 3, "faults": 0, "registers": [90, 246],
+               "spills": 0, "share": [0.5, 0.98]}  # fmt: skip
+    found = [
+        forward | {"case": "sm_80"},
+        forward | {"case": "gfx942", "share": [0.334, 1.0]},
+        forward
+        | {"case": "sm_80", "kernel": "pack_kernel", "share": [1.0, 1.0], "faults": 1, "spills": 2, "ok": False},
+    ]
+    more = {"plain": "a case", "products": {"attend_forward_kernel": "forward"}, "gpus": {"sm_80": "A100 (sm_80)"}}
+    section = _sections.machine_code([record("aot", "01", found, **more)])
+    assert section.text.startswith("9 kernels, 1 with a fault")
+    assert section.tables["roofline"].splitlines()[0::2] == [
+        "|  | A100 (sm_80) | gfx942 |",
+        "| forward | 50-98% | 33-100% |",
+    ]
+    assert section.tables["machine code"].splitlines()[3] == (
+        "| `pack_kernel` | 3: 90-246 registers, 2 spills, **1 at fault** | - |"
+    )
