@@ -15,7 +15,7 @@ train: $(READY)
 	$(BIN)/ulysses-triton train $(if $(RANKS),--ranks $(RANKS)) $(ARGS)
 
 test: compiler headers lint
-	$(BIN)/pytest -m "not slow" $(ARGS)
+	$(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-slow: compiler headers
 	$(BIN)/pytest -m slow $(ARGS)

@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -87,12 +88,51 @@ def test_windows_of_a_configuration():
     assert flops(mixed, 8192) < flops(replace(mixed, window=None, windowed=0), 8192)
 
 
+@pytest.mark.parametrize("kind", ["MixtralConfig", "Qwen3MoeConfig", "Qwen2MoeConfig"])
+def test_experts_of_a_configuration_have_the_weights_of_transformers(kind):
+    """Whole, and those of a token: the experts that it goes to, which is all if there are as many as it is sent to."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "head_dim": 16, "intermediate_size": 32, "vocab_size": 100}  # fmt: skip
+    sizes |= {"intermediate_size": 96, "moe_intermediate_size": 32} if kind != "MixtralConfig" else {}
+    sizes |= {"shared_expert_intermediate_size": 48} if kind == "Qwen2MoeConfig" else {}
+
+    def both(experts: int, chosen: int) -> tuple[Model, int]:
+        counts = {"num_local_experts": experts, "num_experts": experts, "num_experts_per_tok": chosen}
+        config = getattr(transformers, kind)(**sizes, **counts)
+        with torch.device("meta"):
+            theirs = transformers.AutoModelForCausalLM.from_config(config)
+        gates = sum(p.numel() for name, p in theirs.named_parameters() if "shared_expert_gate" in name)
+        return from_config(config.to_dict(), "x"), sum(p.numel() for p in theirs.parameters()) - gates
+
+    model, whole = both(8, 2)
+    assert model.parameters == whole
+    of_a_token = both(2, 2)[1] + 3 * 64 * 6  # and the router's weights of the six others
+    assert whole - 3 * 3 * model.hidden * model.idle == of_a_token
+    few = replace(model, idle=0)
+    assert few.parameters == of_a_token and few.layer_products == model.layer_products
+    assert flops(few, 4096) == flops(model, 4096)
+
+
+def test_sizes_of_presets_with_experts():
+    """As their makers say: 46.7 and 12.9 billion; 30.5 and 3.3."""
+    for name, whole, active in (("mixtral-8x7b", 46.7e9, 12.9e9), ("qwen3-30b-a3b", 30.5e9, 3.3e9)):
+        assert PRESETS[name].parameters == pytest.approx(whole, rel=2e-3)
+        assert replace(PRESETS[name], idle=0).parameters == pytest.approx(active, rel=2e-2)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         ({"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM, no decoder-only"),
         ({"is_encoder_decoder": True, "architectures": ["T5ForConditionalGeneration"]}, "no decoder-only"),
-        ({"num_local_experts": 8}, "has experts"),
+        ({"num_local_experts": 8}, "lacks num_experts_per_tok or"),
+        (
+            {"num_experts": 8, "num_experts_per_tok": 2, "mlp_only_layers": [0]},
+            r"not in others \(mlp_only_layers = \[0\]",
+        ),
+        ({"n_routed_experts": 8, "first_k_dense_replace": 1}, r"first_k_dense_replace = 1"),
+        ({"kv_lora_rank": 512}, "latent attention"),
         ({"vocab_size": None}, "lacks vocab_size"),
         ({"num_attention_heads": 30}, "30 query heads cannot share 8"),
         ({"layer_types": ["linear_attention"] * 32}, "linear_attention"),
@@ -101,7 +141,7 @@ def test_windows_of_a_configuration():
         ({"intermediate_size": -1}, "intermediate is -1"),
     ],
 )
-def test_configurations_of_what_is_no_dense_decoder(change, says):
+def test_configurations_of_what_has_no_plan(change, says):
     with pytest.raises(OptionError, match=says):
         from_config(CONFIG | change, "x")
 

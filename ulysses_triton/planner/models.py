@@ -1,4 +1,4 @@
-"""Decoders by their numbers: presets, and any dense one that has a Transformers config.json.
+"""Decoders by their numbers: presets, and any that has a Transformers config.json.
 
 Example: Llama-3-8B has 128256 x 4096 weights in its embedding and as many in its head, and in each of 32 layers
 4096 x (32 + 2 x 8) x 128 for q, k and v, 4096 x 4096 behind attention, 3 x 4096 x 14336 in its MLP and 2 x 4096 in
@@ -18,9 +18,11 @@ from ..errors import OptionError
 
 @dataclass(frozen=True)
 class Model:
-    """A dense decoder. `intermediate` channels in the MLP, with a gate (SwiGLU, three matrices) or without (two).
+    """A decoder. `intermediate` channels in the MLP, with a gate (SwiGLU, three matrices) or without (two).
 
-    `windowed` of the layers attend to the `window` newest tokens only. Biases are left out but those of q, k and v.
+    With `experts` to choose from, these are the channels of all experts that a token goes to, and `idle` those of the
+    others; every layer has them. `windowed` of the layers attend to the `window` newest tokens only. Biases are left
+    out but those of q, k and v.
     """
 
     name: str
@@ -37,6 +39,8 @@ class Model:
     qk_norm: bool = False
     window: int | None = None
     windowed: int = 0
+    experts: int = 0
+    idle: int = 0
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocabulary"):
@@ -63,8 +67,8 @@ class Model:
 
     @property
     def mlp_products(self) -> int:
-        """Weights of a layer's MLP."""
-        return (2 + self.gated) * self.hidden * self.intermediate
+        """Weights of a layer's MLP that a token is multiplied with, and those that choose its experts."""
+        return self.hidden * ((2 + self.gated) * self.intermediate + self.experts)
 
     @property
     def layer_products(self) -> int:
@@ -74,7 +78,8 @@ class Model:
     @property
     def layer_parameters(self) -> int:
         bias = (self.q_width + 2 * self.kv_width) * self.qkv_bias
-        return self.layer_products + bias + 2 * self.hidden + 2 * self.head_dim * self.qk_norm
+        idle = (2 + self.gated) * self.hidden * self.idle
+        return self.layer_products + idle + bias + 2 * self.hidden + 2 * self.head_dim * self.qk_norm
 
     @property
     def head_parameters(self) -> int:
@@ -95,6 +100,8 @@ PRESETS = {
         Model("mistral-7b", 32, 4096, 32, 8, 128, 14336, 32768),
         Model("qwen2.5-7b", 28, 3584, 28, 4, 128, 18944, 152064, qkv_bias=True),
         Model("qwen3-4b", 36, 2560, 32, 8, 128, 9728, 151936, tied=True, qk_norm=True),
+        Model("mixtral-8x7b", 32, 4096, 32, 8, 128, 2 * 14336, 32000, experts=8, idle=6 * 14336),
+        Model("qwen3-30b-a3b", 48, 2048, 32, 4, 128, 8 * 768, 151936, qk_norm=True, experts=128, idle=120 * 768),
         Model("qwen3-32b", 64, 5120, 64, 8, 128, 25600, 151936, qk_norm=True),
         Model("gpt-7b", 32, 4096, 32, 32, 128, 16384, 50304, gated=False, tied=True),
         Model("ulysses-tiny", 2, 128, 4, 2, 32, 384, 256, qk_norm=True),  # what `ulysses-triton train` trains
@@ -102,9 +109,14 @@ PRESETS = {
 }
 
 _UNGATED = ("gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "falcon", "phi", "starcoder2", "gpt_bigcode")
-_QKV_BIAS = ("qwen2",)
-_QK_NORM = ("qwen3", "gemma3", "gemma3_text", "olmo2")
+_QKV_BIAS = ("qwen2", "qwen2_moe")
+_QK_NORM = ("qwen3", "qwen3_moe", "gemma3", "gemma3_text", "olmo2")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_CHOSEN = ("num_experts_per_tok", "experts_per_token", "moe_k")  # experts of a token
+_SOME_LAYERS = {  # what says that only some layers have experts: its value where all have them
+    "first_k_dense_replace": 0, "mlp_only_layers": [], "decoder_sparse_step": 1, "moe_layer_freq": 1,
+    "interleave_moe_layer_step": 1,
+}  # fmt: skip
 _NAMES = {  # ours, and what configurations call it
     "layers": ("num_hidden_layers", "n_layer", "num_layers"),
     "hidden": ("hidden_size", "n_embd", "d_model"),
@@ -133,7 +145,7 @@ def find(name: str) -> Model:
 
 
 def from_config(values: Mapping[str, Any], name: str) -> Model:
-    """The model that a Transformers configuration describes; OptionError for what is no dense decoder."""
+    """The model that a Transformers configuration describes; OptionError for what is no decoder of equal layers."""
     if isinstance(values.get("text_config"), dict):  # of a model that also takes images: its decoder
         values = {**values["text_config"], "architectures": values.get("architectures")}
     _check_decoder(values, name)
@@ -146,7 +158,7 @@ def from_config(values: Mapping[str, Any], name: str) -> Model:
         **found,
         kv_heads=kv_heads,
         head_dim=values.get("head_dim") or found["hidden"] // found["heads"],
-        intermediate=values.get("intermediate_size") or values.get("n_inner") or 4 * found["hidden"],
+        **_mlp(values, name, found["hidden"]),
         gated=kind not in _UNGATED,
         tied=bool(values.get("tie_word_embeddings", kind in ("gpt2", "gemma", "gemma2", "gemma3", "gemma3_text"))),
         qkv_bias=bool(values.get("attention_bias", kind in _QKV_BIAS)),
@@ -173,9 +185,26 @@ def _check_decoder(values: Mapping[str, Any], name: str) -> None:
             f"{name} is {', '.join(architectures) or 'an encoder with a decoder'}, no decoder-only language model; the "
             "plan's memory and time hold for those alone"
         )
-    experts = next((key for key in _EXPERTS if (values.get(key) or 0) > 1), None)
-    if experts is not None:
-        raise OptionError(f"{name} has experts ({experts} = {values[experts]}); plans are made for dense models")
+    if values.get("kv_lora_rank"):
+        raise OptionError(f"{name} has latent attention (kv_lora_rank); plans know heads of queries, keys and values")
+
+
+def _mlp(values: Mapping[str, Any], name: str, hidden: int) -> dict[str, int]:
+    """Channels of an MLP, or of a token's experts and of the others."""
+    channels = values.get("intermediate_size") or values.get("n_inner") or 4 * hidden
+    experts = next((values[key] for key in _EXPERTS if (values.get(key) or 0) > 1), 0)
+    if not experts:
+        return {"intermediate": channels}
+    for key, everywhere in _SOME_LAYERS.items():
+        if values.get(key, everywhere) not in (everywhere, None):
+            raise OptionError(
+                f"{name} has experts in some layers and not in others ({key} = {values[key]}); plans know layers that "
+                "are alike"
+            )
+    chosen = _first(values, _CHOSEN, name)
+    each = values.get("moe_intermediate_size") or channels
+    shared = values.get("shared_expert_intermediate_size") or (values.get("n_shared_experts") or 0) * each
+    return {"intermediate": chosen * each + shared, "experts": experts, "idle": (experts - chosen) * each}
 
 
 def _windows(values: Mapping[str, Any], name: str, layers: int) -> tuple[int | None, int]:
