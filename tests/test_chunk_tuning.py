@@ -240,6 +240,7 @@ sys.exit(cli.main(["tune", "--interpret", *sys.argv[1:]]))
 
 
 @interpreted
+@pytest.mark.slow
 def test_a_dry_run_goes_through_all_of_it(tmp_path: Path) -> None:
     """The gate and the times are real, of the interpreter on two ranks."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]

@@ -249,7 +249,7 @@ def host_of_the_store(ctx, seconds):
 
 def test_a_stopped_rank_that_serves_the_store_holds_nobody_up(pool, tmp_path):
     answers = pool.fresh(3, host_of_the_store, 1.0, env={"STORE_FILE": str(tmp_path / "port")})
-    assert answers[0] < 3 and answers[2] < 3
+    assert answers[0] < 6 and answers[2] < 6  # on a busy machine; to wait for the store would take 300 s
 
 
 def resources():

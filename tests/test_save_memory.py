@@ -186,13 +186,13 @@ def on_rank(ctx: Any, name: str, sharded: bool) -> Any:
     return found
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
 @pytest.mark.parametrize(
-    ("ranks", "sharded"),
+    ("name", "ranks", "sharded"),
     [
-        pytest.param(2, False, marks=pytest.mark.slow, id="2"),
-        pytest.param(4, False, id="4"),
-        pytest.param(4, True, id="FSDP2"),
+        ("gemma2", 4, False),
+        ("llama", 4, True),  # FSDP2
+        pytest.param("gemma2", 4, True, marks=pytest.mark.slow),
+        pytest.param("llama", 2, False, marks=pytest.mark.slow),
     ],
 )
 def test_ranks_that_share_a_sequence(pool: Any, name: str, ranks: int, sharded: bool) -> None:

@@ -34,15 +34,26 @@ REFERENCES = {  # of every run on ranks: what one process does with the same dat
     "sft_padding_free_4": "sft_padding_free_1",
     "sft_padded_4": "sft_padded_1",
 }
-TRAINERS = [name for name in REFERENCES if not name.startswith(("loop", "accelerate"))]
-SHARDED = [name for name in REFERENCES if name.startswith(("loop", "fsdp", "tiled_fsdp")) or name == "sft_bfd_2x2"]
+SELDOM = ("accelerate_2x2", "trainer_4", "fsdp_2x2", "tiled_fsdp_2x2", "sft_bfd_2x2", "sft_wrapped_4")  # slow tests
+OFTEN = [name for name in REFERENCES if name not in SELDOM]
 
-every_run = pytest.mark.parametrize("name", REFERENCES)
+
+def of_runs(*prefixes: str, but: tuple[str, ...] = ()) -> pytest.MarkDecorator:
+    """A test of all runs whose names begin so."""
+    names = [name for name in REFERENCES if name.startswith(prefixes) and not name.startswith(but or "-")]
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=pytest.mark.slow) if name in SELDOM else name for name in names]
+    )
+
+
+every_run = of_runs("")
+every_trainer = of_runs("", but=("loop", "accelerate"))
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(tmp_path_factory.mktemp("runs"))
+    names = [*OFTEN, *(REFERENCES[name] for name in OFTEN), "fsdp_4_resumed", "refused"]
+    return run(tmp_path_factory.mktemp("runs"), *names)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +83,8 @@ def run(folder: Path, *names: str) -> Path:
 
 
 def record(folder: Path, name: str, rank: int = 0) -> dict[str, Any]:
+    if not (folder / f"{name}.{rank}.pt").exists():  # what slow tests ask for
+        run(folder, *SELDOM, *(REFERENCES[name] for name in SELDOM))
     return torch.load(folder / f"{name}.{rank}.pt", weights_only=False)
 
 
@@ -96,7 +109,7 @@ def test_losses_are_those_of_one_process(runs: Path, name: str) -> None:
         assert apart(its["losses"], reference) <= 1e-5
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@every_trainer
 def test_gradient_norms_are_those_of_one_process(runs: Path, name: str) -> None:
     assert apart(record(runs, name)["grad_norms"], record(runs, REFERENCES[name])["grad_norms"]) <= 1e-4
 
@@ -109,14 +122,14 @@ def test_every_step_attends_over_shards(runs: Path, name: str) -> None:
         assert set(its["calls"]) <= {LAYERS * (1 + twice), LAYERS * ACCUMULATE * (1 + twice)}  # an epoch may end early
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@every_trainer
 def test_evaluation_attends_over_shards(runs: Path, name: str) -> None:
     for its in records(runs, name):
         assert len(its["calls_in_evaluation"]) == 2
         assert all(calls >= LAYERS for calls in its["calls_in_evaluation"])
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@every_trainer
 def test_evaluation_finds_what_one_process_finds(runs: Path, name: str) -> None:
     """The loss, and what compute_metrics makes of the logits and labels of whole sequences."""
     reference = record(runs, REFERENCES[name])["evaluations"]
@@ -127,7 +140,7 @@ def test_evaluation_finds_what_one_process_finds(runs: Path, name: str) -> None:
         assert its == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in TRAINERS if "sft" in name])
+@of_runs("sft", "tiled_sft")
 def test_tokens_are_counted_as_one_process_counts_them(runs: Path, name: str) -> None:
     reference = record(runs, REFERENCES[name])["metrics"]
     assert len(reference[0]) == 3
@@ -135,7 +148,7 @@ def test_tokens_are_counted_as_one_process_counts_them(runs: Path, name: str) ->
         assert its == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", SHARDED)
+@of_runs("loop", "fsdp", "tiled_fsdp", "sft_bfd_2x2")
 def test_parameters_are_sharded_over_all_ranks(runs: Path, name: str) -> None:
     for its in records(runs, name):
         assert its["fsdp_modules"] > LAYERS
