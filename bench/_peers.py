@@ -26,7 +26,7 @@ from ._contestants import Contestant, contestants, groups
 from ._costs import Costs
 from ._measure import Timing, quantiles
 
-LEAST = 3  # rounds, and repeats also of what takes longer than its budget
+LEAST = 3  # rounds
 ROWS = 64  # of the sequence, whose truth is computed in fp64
 TIMEOUT = timedelta(minutes=30)  # ranks wait for rank 0, which computes the truth
 
@@ -164,7 +164,8 @@ def times(
     """In three rounds, each beginning with another contestant; of every repeat the slowest rank's time.
 
     All have about the same share of `seconds`. A turn is several calls in a row, as a training run makes them: the
-    first of them, which meets memory and caches as others left them, is not timed, unless what it runs is slow.
+    first of them, which meets memory and caches as others left them, is not timed, unless what it runs is slow. What
+    takes more than three times its share has one turn only.
     """
     names = list(runs)
     share = seconds / max(len(names), 1)
@@ -182,11 +183,13 @@ def times(
     slow = [t > share for t in likely]  # these have run once already
     likely = _slowest([t if s else one(name) for name, t, s in zip(names, likely, slow, strict=True)])
     calls = [max(1, min(repeat, int(share / max(t, 1e-6))) // LEAST) for t in likely]
-    turns = [(name, not s, n) for name, s, n in zip(names, slow, calls, strict=True)]
+    turns = [(name, s, t, n) for name, s, t, n in zip(names, slow, likely, calls, strict=True)]
     found: dict[str, list[float]] = {name: [] for name in names}
     for i in range(LEAST):
-        for name, warms_up, n in turns[i % len(turns) :] + turns[: i % len(turns)]:
-            if warms_up:
+        for name, is_slow, t, n in turns[i % len(turns) :] + turns[: i % len(turns)]:
+            if i and t > 3 * share:
+                continue
+            if not is_slow:
                 one(name)
             found[name] += [one(name) for _ in range(n)]
     return {name: quantiles([t * 1e3 for t in _slowest(row)]) for name, row in found.items()}

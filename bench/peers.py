@@ -106,7 +106,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     known = ("fp32", "bf16", "fp16")
     parser.add_argument("--dtype", type=_names(known), metavar="NAME[,NAME]", help="default fp32, or bf16 on GPUs")
     parser.add_argument("--device", default="cuda" if gpus > 1 else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--repeat", default=25, type=int, metavar="N", help="times at most (3 at least)")
+    parser.add_argument(
+        "--repeat", default=25, type=int, metavar="N", help="times at most (3 at least, 1 where it is slow)"
+    )
     parser.add_argument("--seconds", default=20.0, type=float, metavar="N", help="about this long for a table")
     parser.add_argument("--quick", action="store_true", help="256 tokens on 2 ranks, to see that it runs")
     parser.add_argument(
