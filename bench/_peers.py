@@ -26,7 +26,7 @@ from ._contestants import Contestant, contestants, groups
 from ._costs import Costs
 from ._measure import Timing, quantiles
 
-LEAST = 3  # rounds
+LEAST = 3  # repeats, but of what is very slow
 ROWS = 64  # of the sequence, whose truth is computed in fp64
 TIMEOUT = timedelta(minutes=30)  # ranks wait for rank 0, which computes the truth
 
@@ -161,11 +161,11 @@ def tried(
 def times(
     runs: dict[str, Callable[[], object]], repeat: int, seconds: float, took: dict[str, float]
 ) -> dict[str, Timing]:
-    """In three rounds, each beginning with another contestant; of every repeat the slowest rank's time.
+    """In turn, again and again, beginning with another each time; of every repeat the slowest rank's time.
 
-    All have about the same share of `seconds`. A turn is several calls in a row, as a training run makes them: the
-    first of them, which meets memory and caches as others left them, is not timed, unless what it runs is slow. What
-    takes more than three times its share has one turn only.
+    A turn is two calls, as layers of a model follow each other: the first meets memory and caches as others left them,
+    and is not timed, unless what it runs is slow. All have about the same share of `seconds`, so the slow ones have
+    fewer turns: three at least, and one if a call takes more than three times the share.
     """
     names = list(runs)
     share = seconds / max(len(names), 1)
@@ -180,18 +180,19 @@ def times(
 
     gc.collect()
     likely = _slowest([took[name] for name in names])
-    slow = [t > share for t in likely]  # these have run once already
-    likely = _slowest([t if s else one(name) for name, t, s in zip(names, likely, slow, strict=True)])
-    calls = [max(1, min(repeat, int(share / max(t, 1e-6))) // LEAST) for t in likely]
-    turns = [(name, s, t, n) for name, s, t, n in zip(names, slow, likely, calls, strict=True)]
+    slow = {name: t > share for name, t in zip(names, likely, strict=True)}  # these have run once already
+    likely = _slowest([t if slow[name] else one(name) for name, t in zip(names, likely, strict=True)])
+    turns = {
+        name: min(repeat, max(LEAST if t <= 3 * share else 1, int(share / max(2 * t, 1e-6))))
+        for name, t in zip(names, likely, strict=True)
+    }
     found: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(LEAST):
-        for name, is_slow, t, n in turns[i % len(turns) :] + turns[: i % len(turns)]:
-            if i and t > 3 * share:
-                continue
-            if not is_slow:
+    for i in range(max(turns.values(), default=0)):
+        left = [name for name in names if i < turns[name]]
+        for name in left[i % len(left) :] + left[: i % len(left)]:
+            if not slow[name]:
                 one(name)
-            found[name] += [one(name) for _ in range(n)]
+            found[name].append(one(name))
     return {name: quantiles([t * 1e3 for t in _slowest(row)]) for name, row in found.items()}
 
 
