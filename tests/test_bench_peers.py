@@ -136,7 +136,7 @@ ROW = 4 * 16 * 4  # bytes of a token of one of q, k, v, O
 def test_the_smallest_run_measures_ours_and_says_what_to_install(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "OUT"} | {"PYTHONPATH": str(ROOT)}
     absent = "import sys; sys.modules['deepspeed'] = sys.modules['yunchang'] = None; from bench import peers; "
-    options = ["--quick", "--heads", "4", "--kv-heads", "4,1", "--dim", "16", "--out", str(tmp_path)]
+    options = ["--quick", "--heads", "4", "--kv-heads", "1", "--dim", "16", "--out", str(tmp_path)]
     options += ["--part", "attention,exchange"]
     done = subprocess.run(
         [sys.executable, "-c", f"{absent}sys.exit(peers.main({options}))"],
@@ -149,9 +149,9 @@ def test_the_smallest_run_measures_ours_and_says_what_to_install(tmp_path):
     whole = json.loads(path.read_text())
     assert whole["cpus"] and whole["load"] and whole["commit"]
     cases = [r for r in whole["cases"] if r["dtype"] == "fp32"]
-    assert {(r["part"], r["kv_heads"]) for r in cases} == {(p, n) for p in ("attention", "exchange") for n in (4, 1)}
+    assert {(r["part"], r["kv_heads"]) for r in cases} == {("attention", 1), ("exchange", 1)}
     assert {r["dtype"] for r in whole["cases"] if r["part"] == "attention"} == {"fp32", "bf16"}
-    assert sum(r["default"] for r in cases if r["part"] == "exchange" and r["ours"]) == 2
+    assert sum(r["default"] for r in cases if r["part"] == "exchange" and r["ours"]) == 1
     for r in cases:
         if r["contestant"] == "torch context_parallel":
             assert "scaled_dot_product" in r["cannot"]  # PyTorch has no kernel for it here
@@ -161,8 +161,8 @@ def test_the_smallest_run_measures_ours_and_says_what_to_install(tmp_path):
         assert r["live_bytes"] is r["rss_bytes"] is None
         if r["ours"]:
             assert r["collectives"] == 4 and r["others_cores"] >= 0
-            kv = 4 if r["kv_heads"] == 4 else 2  # the one kv head goes to both ranks
-            assert r["wire_bytes"] == 256 // 2 // 2 * (2 * ROW + 2 * ROW * kv // 4) * 2  # half of a rank's, and back
+            kv_rows = 2 * ROW * 2 // 4  # of the four that q has: the one kv head goes to both ranks
+            assert r["wire_bytes"] == 256 // 2 // 2 * (2 * ROW + kv_rows) * 2  # half of a rank's, and back
             assert (r["saved_bytes"] > 0) == (r["part"] == "attention")
 
 

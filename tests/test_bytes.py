@@ -149,8 +149,19 @@ def passes_of_a_layer(ctx, exchange, name):
     return launched, Counter(large)
 
 
-@pytest.mark.parametrize("exchange", ["shm", "torch"])
-def test_no_option_adds_a_pass_over_rows(pool, exchange):
+SINGLE = ("window", "softcap", "sinks", "slopes", "segment_ids", "cu_seqlens", "dropout", "block mask")
+
+
+@pytest.mark.parametrize(
+    ("exchange", "names"),
+    [
+        ("shm", ("mask", "all")),
+        ("torch", ("all",)),
+        pytest.param("shm", SINGLE, marks=pytest.mark.slow),
+    ],
+    ids=["shm", "torch", "one by one"],
+)
+def test_no_option_adds_a_pass_over_rows(pool, exchange, names):
     """Seven kernels in a layer, forward and backward, whatever the options; what they add works on one number a row.
 
     Over shared memory six: attend writes the result where it belongs.
@@ -161,19 +172,7 @@ def test_no_option_adds_a_pass_over_rows(pool, exchange):
         kernels.remove("unpack")
     for launched, _ in plain:
         assert [name.removesuffix("_kernel") for name in launched] == kernels
-    names = [
-        "window",
-        "softcap",
-        "sinks",
-        "slopes",
-        "segment_ids",
-        "cu_seqlens",
-        "dropout",
-        "mask",
-        "block mask",
-        "all",
-    ]
-    for name in names if exchange == "shm" else ["all"]:
+    for name in names:
         for (launched, large), (_, large_of_plain) in zip(
             pool.run(2, passes_of_a_layer, exchange, name), plain, strict=True
         ):

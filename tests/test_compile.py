@@ -203,6 +203,7 @@ def test_a_model_is_one_graph_on_two_processes(pool, checkpointing, tmp_path):
     assert pool.run(2, compiled_on_a_process, "aot_eager", checkpointing, str(tmp_path)) == [True, True]
 
 
+@pytest.mark.slow
 def test_inductor_on_two_processes(pool, tmp_path):
     assert pool.run(2, compiled_on_a_process, "inductor", False, str(tmp_path)) == [True, True]
 
