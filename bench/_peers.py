@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import random
 import threading
 import time
 import traceback
@@ -161,11 +162,11 @@ def tried(
 def times(
     runs: dict[str, Callable[[], object]], repeat: int, seconds: float, took: dict[str, float]
 ) -> dict[str, Timing]:
-    """In turn, again and again, beginning with another each time; of every repeat the slowest rank's time.
+    """By turns, in another order each time, drawn alike on all ranks; of every repeat the slowest rank's time.
 
-    A turn is two calls, as layers of a model follow each other: the first meets memory and caches as others left them,
-    and is not timed, unless what it runs is slow. All have about the same share of `seconds`, so the slow ones have
-    fewer turns: three at least, and one if a call takes more than three times the share.
+    So a call follows any other's as often, and meets memory and caches as these left them, as a layer does in a model.
+    All have about the same share of `seconds`: the slow ones have fewer turns, three at least, and one if a call takes
+    more than three times the share.
     """
     names = list(runs)
     share = seconds / max(len(names), 1)
@@ -179,19 +180,16 @@ def times(
         return time.perf_counter() - begin
 
     gc.collect()
-    likely = _slowest([took[name] for name in names])
-    slow = {name: t > share for name, t in zip(names, likely, strict=True)}  # these have run once already
-    likely = _slowest([t if slow[name] else one(name) for name, t in zip(names, likely, strict=True)])
+    likely = _slowest([took[name] for name in names])  # these were counted meanwhile, which takes time
+    likely = _slowest([t if t > share else one(name) for name, t in zip(names, likely, strict=True)])
     turns = {
-        name: min(repeat, max(LEAST if t <= 3 * share else 1, int(share / max(2 * t, 1e-6))))
+        name: min(repeat, max(LEAST if t <= 3 * share else 1, int(share / max(t, 1e-6))))
         for name, t in zip(names, likely, strict=True)
     }
     found: dict[str, list[float]] = {name: [] for name in names}
     for i in range(max(turns.values(), default=0)):
         left = [name for name in names if i < turns[name]]
-        for name in left[i % len(left) :] + left[: i % len(left)]:
-            if not slow[name]:
-                one(name)
+        for name in random.Random(i).sample(left, len(left)):
             found[name].append(one(name))
     return {name: quantiles([t * 1e3 for t in _slowest(row)]) for name, row in found.items()}
 

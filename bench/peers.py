@@ -15,7 +15,7 @@ way and the rings are our own and described in `bench/baselines.py`; a ring move
 `exchange`.
 
 What is wrong against fp64 or raises is said, and not timed. The rest takes turns within one run, in the same
-processes, two calls at a time, the first of which warms up; a time is forward + backward of the slowest rank.
+processes, each time in another order; a time is forward + backward of the slowest rank.
 Counted on rank 0, forward + backward: collectives of the data (or hops), messages of control, copies (`aten::copy_`
 and `aten::cat`; one-sided they are the transfer) and their bytes, bytes for other ranks by what is handed over, by the
 method's formula and by what TCP sockets sent (shared memory has none), bytes that backward keeps beside the inputs,
