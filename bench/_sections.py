@@ -214,7 +214,7 @@ def machine_code(records: Sequence[Record]) -> Section:
         "registers of a thread, and most spills.",
         {
             "roofline": table(("", *names), ((record["products"][k], *by_target(k, share)) for k in products)),
-            "machine code": table(("", *names), ((f"`{k}`", *by_target(k, worst)) for k in kernels)),
+            "machine code": table(("", *names), ((f"`{k.strip('_')}`", *by_target(k, worst)) for k in kernels)),
         },
     )
 
