@@ -31,7 +31,7 @@ def environment(device: torch.device, *, dry: bool) -> dict[str, Any]:
         name, memory = properties.name, properties.total_memory
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "command": command(sys.orig_argv),
         "commit": commit(),
         "sources": sources(),
         "dry_run": dry,
@@ -47,6 +47,12 @@ def environment(device: torch.device, *, dry: bool) -> dict[str, Any]:
             "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
         },
     }
+
+
+def command(words: Sequence[str]) -> str:
+    """As it is typed, but for the folder that records are written to."""
+    kept = [w for before, w in zip(words, words[1:], strict=False) if "--out" not in (before, w)]
+    return shlex.join(["python", *kept])
 
 
 def processor() -> str | None:

@@ -61,7 +61,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = _record.environment(torch.device(asked.device), dry=asked.quick)
     about["versions"] |= _versions(name for name in dict.fromkeys(packages.values()) if name not in absent)
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
-    about |= {"cpus": os.cpu_count(), "load": os.getloadavg(), "command": ["bench.peers", *(argv or sys.argv[1:])]}
     print(f"{about['device']['name']}, {about['cpus']} CPUs, load {about['load'][0]:.2f}; {versions}; "
           f"commit {about['commit']}, sources {about['sources']}")  # fmt: skip
     for name in absent:

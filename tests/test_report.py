@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the benches are in no package that is installed
 
-from bench import _peers_section, _plots, _results, _sections, report  # noqa: E402
+from bench import _peers_section, _plots, _record, _results, _sections, report  # noqa: E402
 
 sys.path.remove(str(ROOT))  # where `kernels` would pass for another project's package
 
@@ -178,3 +178,8 @@ def test_machine_code_has_a_row_for_each_kernel() -> None:
     assert section.tables["machine code"].splitlines()[3] == (
         "| `pack_kernel` | 3: 90-246 registers, 2 spills, **1 at fault** | - |"
     )
+
+
+def test_a_record_names_its_command_and_not_the_folder_it_lies_in() -> None:
+    words = ["bin/python", "-m", "bench.peers", "--part", "exchange", "--out", "some/folder", "--quick"]
+    assert _record.command(words) == "python -m bench.peers --part exchange --quick"
