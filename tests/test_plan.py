@@ -34,6 +34,7 @@ CONFIG = {
     "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256,
     "attention_bias": False, "tie_word_embeddings": False,
 }  # fmt: skip
+EXPERTS = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2}
 # One of everything a second and no latency; the names of its numbers are those of their units.
 UNIT = Cluster(Gpu("unit", 1.0, 1.0, 1e30, 1.0, 1.0, 1.0, 1.0), 4, 4, 1.0, 1.0, 0.0, 0.0, 0.0)
 
@@ -126,12 +127,12 @@ def test_sizes_of_presets_with_experts():
     [
         ({"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM, no decoder-only"),
         ({"is_encoder_decoder": True, "architectures": ["T5ForConditionalGeneration"]}, "no decoder-only"),
-        ({"num_local_experts": 8}, "lacks num_experts_per_tok or"),
-        (
-            {"num_experts": 8, "num_experts_per_tok": 2, "mlp_only_layers": [0]},
-            r"not in others \(mlp_only_layers = \[0\]",
-        ),
-        ({"n_routed_experts": 8, "first_k_dense_replace": 1}, r"first_k_dense_replace = 1"),
+        ({"num_local_experts": 8}, "has experts"),
+        ({"num_experts": 16, "num_experts_per_tok": 2, "model_type": "jamba"}, "num_experts = 16.*those of mixtral"),
+        (EXPERTS | {"num_experts_per_tok": None}, "lacks num_experts_per_tok"),
+        (EXPERTS | {"num_experts_per_tok": 9}, "to 9 of 8 experts; num_experts_per_tok is at most num_experts"),
+        (EXPERTS | {"mlp_only_layers": [0]}, r"not in others \(mlp_only_layers = \[0\]"),
+        (EXPERTS | {"decoder_sparse_step": 2}, r"decoder_sparse_step = 2"),
         ({"kv_lora_rank": 512}, "latent attention"),
         ({"vocab_size": None}, "lacks vocab_size"),
         ({"num_attention_heads": 30}, "30 query heads cannot share 8"),

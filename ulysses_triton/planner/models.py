@@ -112,11 +112,8 @@ _UNGATED = ("gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "falcon", "ph
 _QKV_BIAS = ("qwen2", "qwen2_moe")
 _QK_NORM = ("qwen3", "qwen3_moe", "gemma3", "gemma3_text", "olmo2")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_CHOSEN = ("num_experts_per_tok", "experts_per_token", "moe_k")  # experts of a token
-_SOME_LAYERS = {  # what says that only some layers have experts: its value where all have them
-    "first_k_dense_replace": 0, "mlp_only_layers": [], "decoder_sparse_step": 1, "moe_layer_freq": 1,
-    "interleave_moe_layer_step": 1,
-}  # fmt: skip
+_WITH_EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")  # kinds whose weights are counted as transformers has them
+_EVERYWHERE = {"decoder_sparse_step": 1, "mlp_only_layers": []}  # what these say where all layers have experts
 _NAMES = {  # ours, and what configurations call it
     "layers": ("num_hidden_layers", "n_layer", "num_layers"),
     "hidden": ("hidden_size", "n_embd", "d_model"),
@@ -192,18 +189,24 @@ def _check_decoder(values: Mapping[str, Any], name: str) -> None:
 def _mlp(values: Mapping[str, Any], name: str, hidden: int) -> dict[str, int]:
     """Channels of an MLP, or of a token's experts and of the others."""
     channels = values.get("intermediate_size") or values.get("n_inner") or 4 * hidden
-    experts = next((values[key] for key in _EXPERTS if (values.get(key) or 0) > 1), 0)
-    if not experts:
+    key = next((key for key in _EXPERTS if (values.get(key) or 0) > 1), None)
+    if key is None:
         return {"intermediate": channels}
-    for key, everywhere in _SOME_LAYERS.items():
-        if values.get(key, everywhere) not in (everywhere, None):
+    if values.get("model_type") not in _WITH_EXPERTS:
+        raise OptionError(f"{name} has experts ({key} = {values[key]}); plans know those of {', '.join(_WITH_EXPERTS)}")
+    for said, everywhere in _EVERYWHERE.items():
+        if values.get(said) not in (everywhere, None):
             raise OptionError(
-                f"{name} has experts in some layers and not in others ({key} = {values[key]}); plans know layers that "
-                "are alike"
+                f"{name} has experts in some layers and not in others ({said} = {values[said]}); plans know layers "
+                "that are alike"
             )
-    chosen = _first(values, _CHOSEN, name)
+    experts, chosen = values[key], _first(values, ("num_experts_per_tok",), name)
+    if chosen > experts:
+        raise OptionError(
+            f"{name} sends a token to {chosen} of {experts} experts; num_experts_per_tok is at most {key}"
+        )
     each = values.get("moe_intermediate_size") or channels
-    shared = values.get("shared_expert_intermediate_size") or (values.get("n_shared_experts") or 0) * each
+    shared = values.get("shared_expert_intermediate_size") or 0
     return {"intermediate": chosen * each + shared, "experts": experts, "idle": (experts - chosen) * each}
 
 
